@@ -1,0 +1,286 @@
+"""The blockwise engine of both ops: matrix products by cuBLAS (or the CPU's BLAS), row work between them by a `_rows_*` module.
+
+A block is [tokens, vocabulary columns]. The forward takes each block into the rows' statistics; the backward turns it into
+the gradient in place and multiplies it out. Nothing of size [N, V] exists unless the caller hands in a store for it.
+"""
+
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tspin_kernels import _rows_torch
+from tspin_kernels._inputs import LogitTransform, accumulate_dtype
+from tspin_kernels._plan import Blocks, Sizes
+
+
+_NARROW = (torch.float16, torch.bfloat16)
+# A product on its way into a wider sum is made in slices of at most this.
+_PRODUCT_BYTES = 64 * 2**20
+
+
+class RowStats(NamedTuple):
+    """Final statistics of each row, [N], float32 (float64 for float64 products)."""
+
+    m: Tensor
+    log_s: Tensor
+    logprobs: Tensor
+    entropy: Tensor | None
+
+
+class Upstream(NamedTuple):
+    """Gradients of the loss in log-prob, entropy and logsumexp of each row, [N]; None counts as zero."""
+
+    logprobs: Tensor | None
+    entropy: Tensor | None = None
+    logsumexp: Tensor | None = None
+
+
+class Gradients(NamedTuple):
+    """Gradients in the hidden rows [N, D], weight [V, D] and bias [V]; None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def rows_module(backend: str, device: torch.device) -> ModuleType:
+    """The module of row kernels that a backend's name stands for on a device. A named backend never falls back."""
+    if backend == "torch":
+        return _rows_torch
+    if backend not in ("auto", "triton"):
+        raise ValueError(f"backend: want 'auto', 'triton', 'torch' or 'reference', got {backend!r}")
+    if backend == "auto" and device.type == "cpu":
+        return _rows_torch
+    try:
+        import triton
+    except ImportError:
+        if backend == "auto":
+            return _rows_torch
+        raise ValueError(
+            "backend: 'triton' is not installed here; pip install triton (Linux), or use backend='torch'"
+        ) from None
+    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise ValueError(
+            "backend: 'triton' wants tensors on a GPU, got cpu; move them, use backend='torch', or set TRITON_INTERPRET=1 before the import"
+        )
+    from tspin_kernels import _rows_triton
+
+    return _rows_triton
+
+
+@dataclass(frozen=True)
+class Head:
+    """All that turns hidden rows into logits."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    transform: LogitTransform
+    compute_dtype: torch.dtype
+    logits_dtype: torch.dtype
+    rows: ModuleType
+
+    @property
+    def V(self) -> int:
+        return self.weight.shape[0]
+
+    def columns(self, start: int, stop: int) -> "Head":
+        return replace(self, weight=self.weight[start:stop], bias=None if self.bias is None else self.bias[start:stop])
+
+    def sizes(self, N: int, hidden: Tensor, gathered: bool, dhidden: bool = False, dweight: bool = False) -> Sizes:
+        """What the planner asks of a call with N rows taken from `hidden`, `gathered` by an index or not, and its gradients."""
+        D, narrow = self.weight.shape[1], self.compute_dtype in _NARROW
+        on_cpu = hidden.device.type == "cpu"
+
+        def how(wanted: bool, dtype: torch.dtype) -> str | None:
+            return None if not wanted else "narrow" if dtype in _NARROW else "wide" if narrow else "direct"
+
+        # The CPU has no product of narrow operands with a wide result: it widens them first.
+        wide_copy = 4 if on_cpu and narrow else 0
+        copied = self.compute_dtype.itemsize
+        return Sizes(
+            N,
+            self.V,
+            D,
+            self.logits_dtype.itemsize + wide_copy,
+            how(dhidden, hidden.dtype),
+            how(dweight, self.weight.dtype),
+            always_sum=self.compute_dtype == torch.float16,
+            row_bytes=D * (wide_copy + (copied if gathered or hidden.dtype != self.compute_dtype else 0)),
+            col_bytes=D * (wide_copy + (copied if self.weight.dtype != self.compute_dtype else 0)),
+        )
+
+    def project(self, hidden: Tensor, out: Tensor) -> None:
+        """out [N, V] = hidden [N, D] times the weight's transpose."""
+        a, b = hidden.to(self.compute_dtype), self.weight.to(self.compute_dtype).T
+        if out.dtype == self.compute_dtype:
+            torch.mm(a, b, out=out)
+        else:
+            out.copy_(_wide_product(a, b))
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.mm(a, b)
+    if a.device.type == "cpu":
+        return torch.mm(a.float(), b.float())
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool, unscale: Tensor | None) -> None:
+    # out (+)= a @ b * unscale. A sum over several products is always in float32 or wider.
+    if out.dtype == a.dtype and unscale is None:
+        torch.mm(a, b, out=out) if first else out.addmm_(a, b)
+        return
+    for start, stop in _steps(a.shape[0], max(1, _PRODUCT_BYTES // (4 * b.shape[1]))):
+        product = _wide_product(a[start:stop], b)
+        if unscale is not None:
+            product.mul_(unscale)
+        out[start:stop].copy_(product) if first else out[start:stop].add_(product)
+
+
+def _steps(size: int, step: int) -> list[tuple[int, int]]:
+    return [(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def take(hidden: Tensor, index: Tensor | None, start: int, stop: int) -> Tensor:
+    """Rows start to stop of `hidden`, or of `hidden[index]` without making it."""
+    return hidden[start:stop] if index is None else hidden.index_select(0, index[start:stop])
+
+
+class _Buffer:
+    """One block of logits: a view of the store, or of memory that every block uses again."""
+
+    def __init__(self, head: Head, rows: int, cols: int, store: Tensor | None):
+        self.store = store
+        self.memory = None if store is not None else head.weight.new_empty(rows * cols, dtype=head.logits_dtype)
+
+    def block(self, r0: int, r1: int, c0: int, c1: int) -> Tensor:
+        if self.memory is None:
+            assert self.store is not None
+            return self.store[r0:r1, c0:c1]
+        return self.memory[: (r1 - r0) * (c1 - c0)].view(r1 - r0, c1 - c0)
+
+
+def compute_stats(
+    head: Head,
+    hidden: Tensor,
+    index: Tensor | None,
+    targets: Tensor,
+    blocks: Blocks,
+    with_entropy: bool,
+    store: Tensor | None = None,
+) -> RowStats:
+    """Statistics of the rows `hidden[index]` against `targets` [N]. `store` [N, V] keeps the products for `compute_gradients`."""
+    N = targets.shape[0]
+    m = torch.full((N,), -torch.inf, dtype=accumulate_dtype(head.compute_dtype), device=hidden.device)
+    s = torch.zeros_like(m)
+    u = torch.zeros_like(m) if with_entropy else None
+    # A target in no column, outside [0, V), leaves nan.
+    target_logit = torch.full_like(m, torch.nan)
+    buffer = _Buffer(head, min(blocks.rows, N), blocks.cols, store)
+    for r0, r1 in _steps(N, blocks.rows):
+        rows = take(hidden, index, r0, r1)
+        for c0, c1 in _steps(head.V, blocks.cols):
+            part = head.columns(c0, c1)
+            logits = buffer.block(r0, r1, c0, c1)
+            part.project(rows, logits)
+            head.rows.row_stats_(
+                logits,
+                part.bias,
+                targets[r0:r1] - c0,
+                m[r0:r1],
+                s[r0:r1],
+                None if u is None else u[r0:r1],
+                target_logit[r0:r1],
+                head.transform,
+            )
+    log_s = s.log()
+    return RowStats(m, log_s, (target_logit - m) - log_s, None if u is None else log_s - u / s)
+
+
+def compute_gradients(
+    head: Head,
+    hidden: Tensor,
+    index: Tensor | None,
+    targets: Tensor,
+    stats: RowStats,
+    upstream: Upstream,
+    blocks: Blocks,
+    grads: Gradients,
+    fresh: bool = True,
+    store: Tensor | None = None,
+) -> None:
+    """Write into `grads` the gradients of the rows `hidden[index]`; not `fresh`: add those of weight and bias, which are float32 then.
+
+    Row i of `grads.hidden` [N, D] belongs to `hidden[index[i]]` and is always written. `store` holds the products kept by
+    `compute_stats` and is destroyed; without it they are made again.
+    """
+    N = targets.shape[0]
+    unscale = None
+    if head.compute_dtype == torch.float16:
+        upstream, unscale = _rescale(upstream)
+    row_steps, col_steps = _steps(N, blocks.rows), _steps(head.V, blocks.cols)
+    if blocks.tokens_inner:
+        order = [(row, col) for col in col_steps for row in row_steps]
+    else:
+        order = [(row, col) for row in row_steps for col in col_steps]
+
+    def accumulator(out: Tensor | None, products: int, step: int, whole: bool) -> Tensor | None:
+        # None where `out` itself takes the sum.
+        if out is None or out.dtype not in _NARROW or (products == 1 and unscale is None):
+            return None
+        return out.new_empty(out.shape[0] if whole else min(step, out.shape[0]), out.shape[1], dtype=torch.float32)
+
+    dhidden_sum = accumulator(grads.hidden, len(col_steps), blocks.rows, whole=blocks.tokens_inner)
+    dweight_sum = accumulator(grads.weight, len(row_steps), blocks.cols, whole=not blocks.tokens_inner)
+    buffer = _Buffer(head, min(blocks.rows, N), blocks.cols, store)
+    for (r0, r1), (c0, c1) in order:
+        part = head.columns(c0, c1)
+        rows = take(hidden, index, r0, r1).to(head.compute_dtype)
+        logits = buffer.block(r0, r1, c0, c1)
+        if store is None:
+            part.project(rows, logits)
+        head.rows.dlogits_(
+            logits,
+            part.bias,
+            targets[r0:r1] - c0,
+            stats.m[r0:r1],
+            stats.log_s[r0:r1],
+            None if stats.entropy is None or upstream.entropy is None else stats.entropy[r0:r1],
+            *(None if gradient is None else gradient[r0:r1] for gradient in upstream),
+            head.transform,
+        )
+        dlogits = logits.to(head.compute_dtype)
+        if grads.hidden is not None:
+            out = grads.hidden[r0:r1]
+            total = (
+                out if dhidden_sum is None else dhidden_sum[r0:r1] if blocks.tokens_inner else dhidden_sum[: r1 - r0]
+            )
+            _add_product(total, dlogits, part.weight.to(head.compute_dtype), c0 == 0, unscale)
+            if total is not out and c1 == head.V:
+                out.copy_(total)
+        if grads.weight is not None:
+            out = grads.weight[c0:c1]
+            total = (
+                out if dweight_sum is None else dweight_sum[: c1 - c0] if blocks.tokens_inner else dweight_sum[c0:c1]
+            )
+            _add_product(total, dlogits.T, rows, r0 == 0 and (fresh or total is not out), unscale)
+            if total is not out and r1 == N:
+                assert fresh
+                out.copy_(total)
+        if grads.bias is not None:
+            column_sums = dlogits.sum(0, dtype=grads.bias.dtype)
+            if unscale is not None:
+                column_sums *= unscale
+            grads.bias[c0:c1] = column_sums if fresh and r0 == 0 else grads.bias[c0:c1] + column_sums
+
+
+def _rescale(upstream: Upstream) -> tuple[Upstream, Tensor]:
+    # A power of two that brings the largest upstream gradient near one, where float16 keeps its digits, and its inverse.
+    largest = torch.stack([g.abs().max() for g in upstream if g is not None]).max()
+    exponent = torch.where(largest > 0, torch.frexp(largest)[1], 0).clamp(-120, 120)
+    scale = torch.ldexp(torch.ones_like(largest), -exponent)
+    return Upstream(*(None if g is None else g * scale for g in upstream)), 1 / scale

@@ -1,0 +1,92 @@
+"""What the ops accept and what they return: dimensions, dtypes, errors. Shared by the reference and the blockwise op.
+
+Dimensions: N tokens, D hidden width, V vocabulary, S sequences, G groups.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ENTROPY_MODES = ("grad", "value", False)
+
+
+class TokenLogprobs(NamedTuple):
+    """Per-token results, each of the shape of `targets`, float32 (float64 for float64 inputs), nats; 0 where ignored."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    logsumexp: Tensor
+
+
+class LogitTransform(NamedTuple):
+    """From the product to the logit: `* logit_scale`, `softcap * tanh(. / softcap)`, `/ temperature`, in this order."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @property
+    def is_identity(self) -> bool:
+        return self.logit_scale == 1.0 and self.softcap is None and self.temperature == 1.0
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of row statistics and sums: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the products: autocast's where it is on, else the one dtype of `hidden` and `weight`."""
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"weight: want the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast one of them, or call under torch.autocast"
+        )
+    return hidden.dtype
+
+
+def check_inputs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, transform: LogitTransform, entropy: str | bool
+) -> None:
+    """Raise ValueError for wrong shapes, dtypes, devices and constants. Reads no tensor data."""
+    if hidden.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"hidden: want float16, bfloat16, float32 or float64, got {hidden.dtype}")
+    if hidden.dim() < 1 or weight.dim() != 2:
+        raise ValueError(f"weight: want [V, D] and hidden [..., D], got {list(weight.shape)} and {list(hidden.shape)}")
+    V, D = weight.shape
+    if hidden.shape[-1] != D:
+        hint = "; is the weight transposed?" if hidden.shape[-1] == V else ""
+        raise ValueError(
+            f"weight: want [V, {hidden.shape[-1]}] to fit hidden {list(hidden.shape)}, got [{V}, {D}]{hint}"
+        )
+    if V == 0 or D == 0:
+        raise ValueError(f"weight: want at least one row and one column, got [{V}, {D}]")
+    if bias is not None and tuple(bias.shape) != (V,):
+        raise ValueError(f"bias: want [{V}], one per row of weight, got {list(bias.shape)}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets: want int64, got {targets.dtype}; use targets.long()")
+    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"{name}: want the device of hidden, {hidden.device}, got {tensor.device}; move one of them"
+            )
+    if transform.temperature <= 0:
+        raise ValueError(f"temperature: want a positive number, got {transform.temperature}")
+    if transform.softcap is not None and transform.softcap <= 0:
+        raise ValueError(f"softcap: want a positive number or None, got {transform.softcap}")
+    if entropy not in ENTROPY_MODES:
+        raise ValueError(f"entropy: want 'grad', 'value' or False, got {entropy!r}")
+
+
+def check_targets_in_range(targets: Tensor, V: int) -> None:
+    """Raise on the CPU, where looking costs nothing, when a target that counts is outside [0, V)."""
+    if targets.device.type != "cpu" or targets.numel() == 0:
+        return
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= V:
+        raise ValueError(
+            f"targets: want token ids in [0, {V}), got {low if low < 0 else high}; is ignore_index set to the padding value, or the vocabulary resized?"
+        )

@@ -1,0 +1,136 @@
+"""What happens between the matrix products, in PyTorch, in place and tile by tile: the twin of `_rows_triton`.
+
+Derivation, for one row with logits z, target y, running maximum m, s = sum exp(z - m), u = sum exp(z - m) (z - m):
+
+    logsumexp = m + ln s        logp = (z_y - m) - ln s        H = ln s - u / s
+
+The entropy is a sum of two terms of one sign, so it keeps its precision at any offset of the logits. With g, h, q the
+upstream gradients of logp, H and logsumexp, and p = exp((z - m) - ln s),
+
+    dz = g 1[y] + p (q - g - h (ln p + H))
+
+m and ln s are kept apart: their sum loses digits that p needs. A logit of -inf has p = 0 and adds nothing.
+"""
+
+import torch
+from torch import Tensor
+
+from tspin_kernels._inputs import LogitTransform
+
+# Elements of a tile: on a CPU it stays in the cache, on a GPU it keeps the launches few.
+_TILE = {"cpu": 2**18}
+_TILE_ELSEWHERE = 2**25
+
+
+def _tiles(logits: Tensor):
+    rows = max(1, _TILE.get(logits.device.type, _TILE_ELSEWHERE) // max(1, logits.shape[1]))
+    return (slice(start, start + rows) for start in range(0, logits.shape[0], rows))
+
+
+def _logits_tile(
+    raw: Tensor, bias: Tensor | None, transform: LogitTransform, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Logits of a tile [rows, V'] and d logit / d raw, None where it is constant. May alias `raw`."""
+    z = raw.to(dtype)
+    if bias is not None:
+        z = z + bias.to(dtype)
+    if transform.logit_scale != 1.0:
+        z = z * transform.logit_scale
+    slope = None
+    if transform.softcap is not None:
+        tanh = torch.tanh(z / transform.softcap)
+        z = tanh * transform.softcap
+        slope = 1 - tanh * tanh
+    if transform.temperature != 1.0:
+        z = z / transform.temperature
+    return z, slope
+
+
+def row_stats_(
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    m: Tensor,
+    s: Tensor,
+    u: Tensor | None,
+    target_logit: Tensor,
+    transform: LogitTransform,
+) -> None:
+    """Take one vocabulary block into the running statistics of its rows.
+
+    Args:
+        logits: [N, V'] products with the weight rows of this block. Not changed.
+        bias: [V'] or None.
+        targets: [N] int64, counted from the first column of this block; outside [0, V') where the target is elsewhere.
+        m, s, u, target_logit: [N] float32, in and out; they start at -inf, 0, 0 and nan. u is None when no entropy is wanted.
+    """
+    width = logits.shape[1]
+    for tile in _tiles(logits):
+        z, _ = _logits_tile(logits[tile], bias, transform, m.dtype)
+        m_old, local = m[tile], targets[tile]
+        hit = (local >= 0) & (local < width)
+        picked = z.gather(1, local.clamp(0, width - 1).unsqueeze(1)).squeeze(1)
+        target_logit[tile] = torch.where(hit, picked, target_logit[tile])
+
+        m_new = torch.maximum(m_old, z.amax(1))
+        # Rows of -inf alone so far: any finite reference will do.
+        reference = m_new.masked_fill(m_new == -torch.inf, 0)
+        decay = torch.exp(m_old - reference)
+        shifted = torch.sub(z, reference.unsqueeze(1))
+        weights = shifted.exp()
+        if u is not None:
+            moved = (m_old - reference).masked_fill(m_old == -torch.inf, 0)
+            u[tile] = decay * (u[tile] + moved * s[tile])
+        s[tile] = s[tile] * decay + weights.sum(1)
+        if u is not None:
+            # The finite floor makes exp(-inf) * -inf a zero and lets nan through.
+            u[tile] += weights.mul_(shifted.clamp_(min=torch.finfo(m.dtype).min)).sum(1)
+        m[tile] = m_new
+
+
+def dlogits_(
+    logits: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    m: Tensor,
+    log_s: Tensor,
+    entropy: Tensor | None,
+    g: Tensor | None,
+    h: Tensor | None,
+    q: Tensor | None,
+    transform: LogitTransform,
+) -> None:
+    """Overwrite one block of products with the gradient of the loss in them, rounded once to their dtype.
+
+    Args:
+        logits: [N, V'] in and out. bias, targets, transform: as in `row_stats_`.
+        m, log_s, entropy: [N] float32, final statistics of the whole rows; entropy only where h is given.
+        g, h, q: [N] float32 upstream gradients of log-prob, entropy and logsumexp; None counts as zero.
+    """
+    width = logits.shape[1]
+    for tile in _tiles(logits):
+        z, slope = _logits_tile(logits[tile], bias, transform, m.dtype)
+        log_p = torch.sub(z, m[tile].unsqueeze(1)).sub_(log_s[tile].unsqueeze(1))
+        base = torch.zeros_like(m[tile])
+        if g is not None:
+            base = base - g[tile]
+        if q is not None:
+            base = base + q[tile]
+        if h is None:
+            dz = log_p.exp_().mul_(base.unsqueeze(1))
+        else:
+            assert entropy is not None
+            p = log_p.exp()
+            factor = (
+                log_p.clamp_(min=torch.finfo(m.dtype).min).add_(entropy[tile].unsqueeze(1)).mul_(-h[tile].unsqueeze(1))
+            )
+            # p = 0 may meet an overflow of the factor, whose product would be nan.
+            dz = factor.add_(base.unsqueeze(1)).mul_(p).masked_fill_(p == 0, 0)
+        if g is not None:
+            local = targets[tile]
+            hit = (local >= 0) & (local < width)
+            dz.scatter_add_(1, local.clamp(0, width - 1).unsqueeze(1), (g[tile] * hit).unsqueeze(1))
+        if slope is not None:
+            dz.mul_(slope)
+        scale = transform.logit_scale / transform.temperature
+        logits[tile] = dz if scale == 1.0 else dz.mul_(scale)
