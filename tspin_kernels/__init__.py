@@ -7,7 +7,8 @@ from tspin_kernels._inputs import TokenLogprobs
 from tspin_kernels._linear_logprobs import linear_logprobs
 from tspin_kernels._losses import sft_loss, spin_loss, tspin_loss, tspin_ref_loss
 from tspin_kernels._reference import linear_logprobs_reference
-from tspin_kernels._sequence_loss import SequenceStats, linear_sequence_loss, linear_tspin_loss, sequence_loss
+from tspin_kernels._sequence_loss import linear_sequence_loss, linear_tspin_loss
+from tspin_kernels._sequences import SequenceStats, sequence_loss
 
 __all__ = [
     "SequenceStats",

@@ -15,7 +15,6 @@ from tspin_kernels import _rows_torch
 from tspin_kernels._inputs import LogitTransform, accumulate_dtype
 from tspin_kernels._plan import Blocks, Sizes
 
-
 _NARROW = (torch.float16, torch.bfloat16)
 # A product on its way into a wider sum is made in slices of at most this.
 _PRODUCT_BYTES = 64 * 2**20
@@ -64,7 +63,8 @@ def rows_module(backend: str, device: torch.device) -> ModuleType:
         ) from None
     if device.type == "cpu" and not triton.knobs.runtime.interpret:
         raise ValueError(
-            "backend: 'triton' wants tensors on a GPU, got cpu; move them, use backend='torch', or set TRITON_INTERPRET=1 before the import"
+            "backend: 'triton' wants tensors on a GPU, got cpu; move them, use backend='torch', "
+            "or set TRITON_INTERPRET=1 before the import"
         )
     from tspin_kernels import _rows_triton
 
@@ -213,7 +213,7 @@ def compute_gradients(
     fresh: bool = True,
     store: Tensor | None = None,
 ) -> None:
-    """Write into `grads` the gradients of the rows `hidden[index]`; not `fresh`: add those of weight and bias, which are float32 then.
+    """Write into `grads` the gradients of the rows `hidden[index]`; not `fresh`: add those of weight and bias, in float32.
 
     Row i of `grads.hidden` [N, D] belongs to `hidden[index[i]]` and is always written. `store` holds the products kept by
     `compute_stats` and is destroyed; without it they are made again.

@@ -88,5 +88,6 @@ def check_targets_in_range(targets: Tensor, V: int) -> None:
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= V:
         raise ValueError(
-            f"targets: want token ids in [0, {V}), got {low if low < 0 else high}; is ignore_index set to the padding value, or the vocabulary resized?"
+            f"targets: want token ids in [0, {V}), got {low if low < 0 else high}; "
+            "is ignore_index set to the padding value, or the vocabulary resized?"
         )

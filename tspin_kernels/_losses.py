@@ -61,7 +61,10 @@ def tspin_ref_loss(
     beta: float = 0.1,
     loss_type: str = "logistic",
 ) -> Tensor:
-    """T-SPIN with a reference model (the paper's ablation, eq. 9): every log-prob replaced by `logp - ref`. Shapes as `tspin_loss`."""
+    """T-SPIN with a reference model (the paper's ablation, eq. 9): every log-prob is replaced by `logp - ref`.
+
+    All [B], nats; the rest as in `tspin_loss`.
+    """
     if beta != 0 and (proto is None or ref_proto is None):
         raise ValueError(f"proto, ref_proto: want log-probs [B] because beta is {beta}, got None; pass both, or beta=0")
     return tspin_loss(

@@ -83,7 +83,8 @@ def plan_blocks(sizes: Sizes, budget: int) -> Blocks:
         least = sizes.total(min(N, _MIN_ROWS), min(V, _MIN_COLS))
         least = min(least, sizes.total(min(N, _MIN_ROWS), V), sizes.total(N, min(V, _MIN_COLS)))
         raise ValueError(
-            f"memory_budget: want at least {least} bytes for {N} tokens, V={V}, D={sizes.D}, got {budget}; raise it or pass fewer tokens"
+            f"memory_budget: want at least {least} bytes for {N} tokens, V={V}, D={sizes.D}, got {budget}; "
+            "raise it or pass fewer tokens"
         )
     return Blocks(best[1], best[2], tokens_inner=sizes.N <= V)
 

@@ -1,4 +1,4 @@
-"""What `linear_logprobs` means, in plain PyTorch: it stores the logits and leaves the gradient to autograd. Not for large inputs."""
+"""What `linear_logprobs` means, in plain PyTorch: it stores the logits and leaves the gradient to autograd."""
 
 import torch
 import torch.nn.functional as F

@@ -7,121 +7,20 @@ PyTorch, autograd gives one coefficient per sequence, and the block of logits be
 The backward only multiplies by the upstream scalar.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tspin_kernels._blocks import (
-    Gradients,
-    Head,
-    RowStats,
-    Upstream,
-    compute_gradients,
-    compute_stats,
-    rows_module,
-)
+from tspin_kernels._blocks import Gradients, Head, Upstream, compute_gradients, compute_stats, rows_module
 from tspin_kernels._inputs import LogitTransform, accumulate_dtype, check_inputs, check_targets_in_range
 from tspin_kernels._linear_logprobs import product_dtypes
 from tspin_kernels._losses import tspin_loss
 from tspin_kernels._plan import DEFAULT_BUDGET, Blocks, plan_blocks
 from tspin_kernels._reference import linear_logprobs_reference
-
-
-class SequenceStats(NamedTuple):
-    """Sums over the tokens of each sequence, [groups, group_size]: log-probs and entropies (float32, nats; entropy None when
-    not computed) and the number of tokens that count (int64)."""
-
-    logprobs: Tensor
-    entropy: Tensor | None
-    lengths: Tensor
-
-
-LossFn = Callable[..., Tensor]
-
-
-def _losses(loss_fn: LossFn, stats: SequenceStats, group_inputs: Sequence[Tensor]) -> Tensor:
-    losses = loss_fn(stats, *group_inputs)
-    groups = stats.lengths.shape[0]
-    if not isinstance(losses, Tensor) or tuple(losses.shape) != (groups,):
-        came = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"loss_fn: want one loss per group, shape [{groups}], got {came}; do not reduce over groups")
-    return losses
-
-
-def _sum_sequences(values: Tensor, lengths: Tensor) -> Tensor:
-    # Sums of consecutive runs of `values` [N]; run i has lengths[i] of them. Float64 inside and always in one order.
-    return torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True, initial=0).to(values.dtype)
-
-
-def _check_groups(
-    sequence_ids: Tensor, N: int, group_size: int, group_inputs: Sequence[Tensor], num_groups: int | None
-) -> int:
-    # The number of groups, after looking at all that describes them.
-    if group_size < 1:
-        raise ValueError(f"group_size: want at least 1, got {group_size}")
-    if sequence_ids.dtype != torch.int64 or sequence_ids.numel() != N:
-        raise ValueError(
-            f"sequence_ids: want {N} int64, one per target, got {list(sequence_ids.shape)} {sequence_ids.dtype}"
-        )
-    largest = int(sequence_ids.max()) if N else -1
-    if N and int(sequence_ids.min()) < 0:
-        raise ValueError(
-            f"sequence_ids: want ids from 0 on, got {int(sequence_ids.min())}; mark rows to ignore in targets"
-        )
-    if num_groups is None:
-        num_groups = largest // group_size + 1 if not group_inputs else group_inputs[0].shape[0]
-    if largest >= num_groups * group_size:
-        raise ValueError(
-            f"sequence_ids: want ids below num_groups * group_size = {num_groups * group_size}, got {largest}"
-        )
-    for i, tensor in enumerate(group_inputs):
-        if tensor.dim() == 0 or tensor.shape[0] != num_groups:
-            raise ValueError(
-                f"group_inputs[{i}]: want [{num_groups}, ...], one row per group, got {list(tensor.shape)}"
-            )
-        if tensor.requires_grad:
-            raise ValueError(f"group_inputs[{i}]: want a constant, got a tensor that requires grad; detach it")
-    return num_groups
-
-
-def _normalize(total: Tensor, normalizer: float | Tensor | None, num_groups: int) -> Tensor:
-    return total / (max(1, num_groups) if normalizer is None else normalizer)
-
-
-def sequence_loss(
-    logprobs: Tensor,
-    entropy: Tensor | None,
-    sequence_ids: Tensor,
-    loss_fn: LossFn,
-    *,
-    group_size: int,
-    group_inputs: Sequence[Tensor] = (),
-    num_groups: int | None = None,
-    normalizer: float | Tensor | None = None,
-) -> tuple[Tensor, SequenceStats]:
-    """The second half of `linear_sequence_loss` in plain PyTorch, for log-probs that are already there.
-
-    Args:
-        logprobs, entropy: [N] per token, nats. Differentiable. `entropy` may be None.
-        sequence_ids, loss_fn and the rest: as in `linear_sequence_loss`.
-
-    Returns: (loss [], SequenceStats [num_groups, group_size], detached).
-    """
-    num_groups = _check_groups(sequence_ids, logprobs.numel(), group_size, group_inputs, num_groups)
-    ids, order = sequence_ids.reshape(-1).sort(stable=True)
-    lengths = torch.bincount(ids, minlength=num_groups * group_size)
-
-    def per_sequence(values: Tensor) -> Tensor:
-        return _sum_sequences(values.reshape(-1)[order], lengths).view(num_groups, group_size)
-
-    stats = SequenceStats(
-        per_sequence(logprobs), None if entropy is None else per_sequence(entropy), lengths.view(num_groups, group_size)
-    )
-    loss = _normalize(_losses(loss_fn, stats, group_inputs).sum(), normalizer, num_groups)
-    return loss, SequenceStats(*(None if t is None else t.detach() for t in stats))
+from tspin_kernels._sequences import LossFn, SequenceStats, check_groups, group_losses, sequence_loss, sum_sequences
 
 
 def _coefficients(
@@ -133,7 +32,7 @@ def _coefficients(
         entropy = stats.entropy
         if entropy is not None:
             entropy = entropy.detach().requires_grad_(entropy_grad)
-        losses = _losses(loss_fn, SequenceStats(logprobs, entropy, stats.lengths), group_inputs)
+        losses = group_losses(loss_fn, SequenceStats(logprobs, entropy, stats.lengths), group_inputs)
         leaves = [logprobs] + ([entropy] if entropy is not None and entropy_grad else [])
         _refuse_captured(losses, leaves)
         if not losses.requires_grad:
@@ -226,7 +125,7 @@ def _run(
     # Loss, statistics and gradients; the gradients of `hidden` rows are summed where a row serves several targets.
     with_entropy = call.entropy is not False
     ranges = _group_blocks(head, hidden, rows, wanted, call.budget) if any(wanted) else None
-    N, (V, D), group_size = rows.index.shape[0], head.weight.shape, rows.lengths.shape[1]
+    (V, D), group_size = head.weight.shape, rows.lengths.shape[1]
     dtype = accumulate_dtype(head.compute_dtype)
     # Several blocks, or a float16 gradient that waits for its scale, are summed in float32.
     wide = dtype if head.compute_dtype == torch.float16 or (ranges is not None and len(ranges) > 1) else None
@@ -246,20 +145,17 @@ def _run(
         index, targets = rows.index[block], rows.targets[block]
         store = hidden.new_empty(n, V, dtype=head.logits_dtype) if one_pass else None
         sizes = head.sizes(n, hidden, gathered=True, dhidden=wanted[0], dweight=wanted[1])
-        if one_pass:
-            blocks = Blocks(max(1, n), V)
-        else:
-            blocks = plan_blocks(sizes, call.budget)
+        blocks = Blocks(max(1, n), V) if one_pass else plan_blocks(sizes, call.budget)
         stats = compute_stats(head, hidden, index, targets, blocks, with_entropy, store)
         lengths = rows.lengths[g0:g1]
         sums = [
-            None if t is None else _sum_sequences(t, lengths.reshape(-1)).view(-1, group_size)
+            None if t is None else sum_sequences(t, lengths.reshape(-1)).view(-1, group_size)
             for t in (stats.logprobs, stats.entropy)
         ]
         sequences = SequenceStats(sums[0], sums[1], lengths)
         inputs = [tensor[g0:g1] for tensor in call.group_inputs]
         if not any(wanted):
-            parts.append((_losses(call.loss_fn, sequences, inputs), sequences))
+            parts.append((group_losses(call.loss_fn, sequences, inputs), sequences))
             continue
         losses, dlogprobs, dentropy = _coefficients(call.loss_fn, sequences, inputs, call.entropy == "grad")
         parts.append((losses, sequences))
@@ -392,9 +288,9 @@ def linear_sequence_loss(
         rows = rows.reshape(-1)
         if rows.dtype != torch.int64 or rows.shape[0] != N:
             raise ValueError(f"rows: want {N} int64, one per target, got {list(rows.shape)} {rows.dtype}")
-        if N and rows.device.type == "cpu" and not (0 <= int(rows.min()) and int(rows.max()) < flat.shape[0]):
+        if N and rows.device.type == "cpu" and (int(rows.min()) < 0 or int(rows.max()) >= flat.shape[0]):
             raise ValueError(f"rows: want indices in [0, {flat.shape[0]}), got {int(rows.min())} to {int(rows.max())}")
-    num_groups = _check_groups(ids, N, group_size, group_inputs, num_groups)
+    num_groups = check_groups(ids, N, group_size, group_inputs, num_groups)
     if isinstance(normalizer, Tensor) and normalizer.requires_grad:
         raise ValueError("normalizer: want a constant, got a tensor that requires grad; detach it")
     if backend == "reference":

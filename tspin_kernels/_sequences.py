@@ -1,0 +1,101 @@
+"""Groups of sequences and a loss over them, in plain PyTorch: what is left of a preference loss once log-probs are there."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SequenceStats(NamedTuple):
+    """Sums over the tokens of each sequence, [groups, group_size]: log-probs and entropies (float32, nats; entropy None when
+    not computed) and the number of tokens that count (int64)."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    lengths: Tensor
+
+
+LossFn = Callable[..., Tensor]
+
+
+def group_losses(loss_fn: LossFn, stats: SequenceStats, group_inputs: Sequence[Tensor]) -> Tensor:
+    losses = loss_fn(stats, *group_inputs)
+    groups = stats.lengths.shape[0]
+    if not isinstance(losses, Tensor) or tuple(losses.shape) != (groups,):
+        came = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"loss_fn: want one loss per group, shape [{groups}], got {came}; do not reduce over groups")
+    return losses
+
+
+def sum_sequences(values: Tensor, lengths: Tensor) -> Tensor:
+    # Sums of consecutive runs of `values` [N]; run i has lengths[i] of them. Float64 inside and always in one order.
+    return torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True, initial=0).to(values.dtype)
+
+
+def check_groups(
+    sequence_ids: Tensor, N: int, group_size: int, group_inputs: Sequence[Tensor], num_groups: int | None
+) -> int:
+    # The number of groups, after looking at all that describes them.
+    if group_size < 1:
+        raise ValueError(f"group_size: want at least 1, got {group_size}")
+    if sequence_ids.dtype != torch.int64 or sequence_ids.numel() != N:
+        raise ValueError(
+            f"sequence_ids: want {N} int64, one per target, got {list(sequence_ids.shape)} {sequence_ids.dtype}"
+        )
+    largest = int(sequence_ids.max()) if N else -1
+    if N and int(sequence_ids.min()) < 0:
+        raise ValueError(
+            f"sequence_ids: want ids from 0 on, got {int(sequence_ids.min())}; mark rows to ignore in targets"
+        )
+    if num_groups is None:
+        num_groups = largest // group_size + 1 if not group_inputs else group_inputs[0].shape[0]
+    if largest >= num_groups * group_size:
+        raise ValueError(
+            f"sequence_ids: want ids below num_groups * group_size = {num_groups * group_size}, got {largest}"
+        )
+    for i, tensor in enumerate(group_inputs):
+        if tensor.dim() == 0 or tensor.shape[0] != num_groups:
+            raise ValueError(
+                f"group_inputs[{i}]: want [{num_groups}, ...], one row per group, got {list(tensor.shape)}"
+            )
+        if tensor.requires_grad:
+            raise ValueError(f"group_inputs[{i}]: want a constant, got a tensor that requires grad; detach it")
+    return num_groups
+
+
+def normalize(total: Tensor, normalizer: float | Tensor | None, num_groups: int) -> Tensor:
+    return total / (max(1, num_groups) if normalizer is None else normalizer)
+
+
+def sequence_loss(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    sequence_ids: Tensor,
+    loss_fn: LossFn,
+    *,
+    group_size: int,
+    group_inputs: Sequence[Tensor] = (),
+    num_groups: int | None = None,
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, SequenceStats]:
+    """The second half of `linear_sequence_loss` in plain PyTorch, for log-probs that are already there.
+
+    Args:
+        logprobs, entropy: [N] per token, nats. Differentiable. `entropy` may be None.
+        sequence_ids, loss_fn and the rest: as in `linear_sequence_loss`.
+
+    Returns: (loss [], SequenceStats [num_groups, group_size], detached).
+    """
+    num_groups = check_groups(sequence_ids, logprobs.numel(), group_size, group_inputs, num_groups)
+    ids, order = sequence_ids.reshape(-1).sort(stable=True)
+    lengths = torch.bincount(ids, minlength=num_groups * group_size)
+
+    def per_sequence(values: Tensor) -> Tensor:
+        return sum_sequences(values.reshape(-1)[order], lengths).view(num_groups, group_size)
+
+    stats = SequenceStats(
+        per_sequence(logprobs), None if entropy is None else per_sequence(entropy), lengths.view(num_groups, group_size)
+    )
+    loss = normalize(group_losses(loss_fn, stats, group_inputs).sum(), normalizer, num_groups)
+    return loss, SequenceStats(*(None if t is None else t.detach() for t in stats))
