@@ -1,0 +1,325 @@
+"""The loop in one process: every method end to end, refusals, and what is lost is made again."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tspin import loop, storage
+from tspin.config import SelfPlayConfig
+from tspin.generate import derived_seed
+from tspin.loop import SelfPlay
+from tspin.storage import model_hash
+
+METHODS = ("tspin", "spin", "sft", "tspin_ref", "tspin_no_history")
+TIMINGS = ("tokens_per_second", "memory/peak_gib")
+
+
+def make_toy(root: Path) -> None:
+    """A model of width 16, its tokenizer, and 24 training and 6 held-out sums."""
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {c: i + 2 for i, c in enumerate("0123456789+=")}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="="))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(vocabulary), max_position_embeddings=64, initializer_range=0.2, **shape, **special)
+    ).save_pretrained(root / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>").save_pretrained(
+        root / "model"
+    )
+    pairs = [(random.Random(i).randrange(50), random.Random(-i).randrange(50)) for i in range(30)]
+    lines = [json.dumps({"prompt": f"{a}+{b}=", "response": str(a + b)}) + "\n" for a, b in pairs]
+    (root / "train.jsonl").write_text("".join(lines[:24]))
+    (root / "test.jsonl").write_text("".join(lines[24:]))
+
+
+def toy_config(root: Path, output_dir: Path, **changes) -> SelfPlayConfig:
+    return SelfPlayConfig.from_dict(
+        {
+            "model_name_or_path": str(root / "model"),
+            "dataset": str(root / "train.jsonl"),
+            "eval_dataset": str(root / "test.jsonl"),
+            "prompt_template": "{prompt}",
+            "output_dir": str(output_dir),
+            "iterations": 2,
+            "max_new_tokens": 6,
+            "max_length": 32,
+            "generation_batch_size": 4,
+            "shard_size": 8,
+            "learning_rate": 1e-3,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 2,
+            "save_steps": 3,
+            "save_total_limit": 1,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **changes,
+        }
+    )
+
+
+def outcome(directory: Path) -> dict:
+    """All of a finished run that must not depend on interruptions."""
+    metrics = {}
+    for path in sorted(directory.glob("iter_*/metrics.jsonl")):
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        metrics[path.parent.name] = [{k: v for k, v in e.items() if k not in TIMINGS} for e in entries]
+    files = {}
+    for pattern in ("*.json", "iter_*/eval.json", "iter_*/triplets.parquet", "**/shard-*.parquet", "iter_*/model/*"):
+        for path in directory.glob(pattern):
+            files[str(path.relative_to(directory))] = storage.sha256(path)
+    for name in ("run.json", "state.json"):
+        del files[name]
+    leftovers = [str(p) for p in directory.rglob(".*") if not p.name.startswith(".lock")]
+    stages = sorted(storage.read_json(directory / "state.json")["done"])
+    return {"metrics": metrics, "files": files, "leftovers": leftovers, "stages": stages}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy")
+    make_toy(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(toy, tmp_path_factory):
+    """The undisturbed run of each method, made once."""
+    runs = {}
+
+    def run(method):
+        if method not in runs:
+            directory = tmp_path_factory.mktemp(method) / "run"
+            runs[method] = SelfPlay(toy_config(toy, directory, method=method)).run()
+        return runs[method]
+
+    return run
+
+
+def copy_of(result, tmp_path: Path) -> Path:
+    return shutil.copytree(result.output_dir, tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_the_documented_directory(finished, method):
+    result = finished(method)
+    directory = result.output_dir
+    assert (directory / "proto").exists() == (method in ("tspin", "tspin_ref"))
+    assert (directory / "config.yaml").exists() and (directory / "run.json").exists()
+    assert len(result.evaluations) == 2 and result.model_dir == directory / "iter_01" / "model"
+    assert result.model_hash == model_hash(result.model_dir) != model_hash(directory / "iter_00" / "model")
+    initial = storage.read_json(directory / "eval_initial.json")
+    assert initial["iteration"] == -1 and initial["rows"] == 6
+    for t in range(2):
+        here = directory / f"iter_{t:02d}"
+        assert (here / "synthetic").exists() == (method != "sft")
+        assert (here / "fresh").exists() == (method == "sft" or t == 1)
+        assert not (here / "references").exists()
+        table = pq.read_table(here / "triplets.parquet")
+        members = ["chosen"] if method == "sft" else ["chosen", "rejected"]
+        if t == 1 and method in ("tspin", "tspin_ref"):
+            members.append("proto")
+        references = [f"ref_{m}_logps" for m in members] if method in ("spin", "tspin_ref") else []
+        assert {c for c in table.column_names if c.endswith("_ids")} == {f"{m}_ids" for m in ["prompt", *members]}
+        assert [c for c in table.column_names if c.startswith("ref_")] == references
+        assert table["row"].to_pylist() == list(range(24))
+        steps = [json.loads(line)["step"] for line in (here / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [2, 3, 4, 6, 8, 9, 10, 12]
+        evaluation = storage.read_json(here / "eval.json")
+        assert evaluation["iteration"] == t and evaluation["fresh_rows"] == 24
+        assert 0 <= evaluation["fresh_share"] <= 1 and evaluation["logprob"] < 0
+        assert [p.name for p in (here / "checkpoints").iterdir()] == ["checkpoint-12"]
+        assert not list((here / "model").glob("*.bin")) and not list((here / "model").glob("*.pt"))
+
+
+def test_references_are_the_log_probs_of_the_policy_that_sampled(finished):
+    from transformers import AutoModelForCausalLM
+
+    directory = finished("spin").output_dir
+    model = AutoModelForCausalLM.from_pretrained(directory / "iter_00" / "model")
+    for row in pq.read_table(directory / "iter_01" / "triplets.parquet").to_pylist()[:4]:
+        for member in ("chosen", "rejected"):
+            prompt, response = row["prompt_ids"], row[f"{member}_ids"]
+            logprobs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+            wanted = sum(logprobs[len(prompt) - 1 + i, token].item() for i, token in enumerate(response))
+            assert row[f"ref_{member}_logps"] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_training_starts_from_the_policy_of_the_last_iteration(toy, tmp_path):
+    config = toy_config(toy, tmp_path / "run", learning_rate=[1e-3, 1e-30])
+    result = SelfPlay(config).run()
+    from safetensors.torch import load_file
+
+    before, after = (load_file(tmp_path / "run" / f"iter_0{t}" / "model" / "model.safetensors") for t in (0, 1))
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, before[name])
+    assert result.evaluations[0]["logprob"] == pytest.approx(result.evaluations[1]["logprob"])
+
+
+def test_a_second_run_does_nothing(finished, toy, monkeypatch):
+    result = finished("tspin")
+    before = {p: p.stat().st_mtime_ns for p in result.output_dir.rglob("*.parquet")}
+    monkeypatch.setattr(loop.SelfPlay, "_load", None)
+    assert SelfPlay(toy_config(toy, result.output_dir, method="tspin")).run() == result
+    assert {p: p.stat().st_mtime_ns for p in result.output_dir.rglob("*.parquet")} == before
+
+
+def test_spin_can_mix_the_data_of_the_last_two_iterations(toy, tmp_path):
+    SelfPlay(toy_config(toy, tmp_path / "run", method="spin", spin_mix_previous=True)).run()
+    tables = [pq.read_table(tmp_path / "run" / f"iter_0{t}" / "triplets.parquet") for t in (0, 1)]
+    assert tables[1].num_rows == 48
+    assert tables[1]["rejected_ids"].to_pylist()[:24] == tables[0]["rejected_ids"].to_pylist()
+
+
+@pytest.mark.parametrize("strategy, saved", [("no", [12]), ("epoch", [6, 12])])
+def test_the_last_step_is_saved_whatever_the_save_strategy(finished, toy, tmp_path, strategy, saved):
+    config = toy_config(toy, tmp_path / "run", method="tspin", save_strategy=strategy, save_total_limit=None)
+    assert SelfPlay(config).run().model_hash == finished("tspin").model_hash
+    for t in range(2):
+        names = {path.name for path in (tmp_path / "run" / f"iter_0{t}" / "checkpoints").iterdir()}
+        assert names == {f"checkpoint-{step}" for step in saved}
+
+
+def test_adapters_are_merged_into_plain_models(toy, tmp_path):
+    pytest.importorskip("peft", reason="the extra peft is not installed")
+    options = {"use_peft": True, "lora_r": 2, "learning_rate": 1e-2}
+    result = SelfPlay(toy_config(toy, tmp_path / "one", **options)).run()
+    assert sorted(p.name for p in result.model_dir.glob("*.safetensors")) == ["model.safetensors"]
+    assert model_hash(toy / "model") != model_hash(tmp_path / "one/iter_00/model") != result.model_hash
+    assert SelfPlay(toy_config(toy, tmp_path / "two", **options)).run().model_hash == result.model_hash
+
+
+def test_without_held_out_rows_only_fresh_pairs_are_evaluated(toy, tmp_path):
+    result = SelfPlay(toy_config(toy, tmp_path / "run", eval_dataset=None, iterations=1)).run()
+    assert set(result.evaluations[0]) == {"iteration", "fresh_share", "fresh_identical", "fresh_rows"}
+    assert not (tmp_path / "run" / "eval_initial.json").exists()
+
+
+def test_seeds_are_those_documented():
+    digest = __import__("hashlib").sha256(b"42/iter_00/synthetic").hexdigest()
+    assert derived_seed(42, "iter_00/synthetic") == int(digest[:8], 16) >> 1
+    assert len({derived_seed(s, f"iter_{t:02d}/train") for s in range(20) for t in range(20)}) == 400
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["proto", "iter_00/synthetic", "iter_01/triplets.parquet", "iter_01/model", "iter_01/eval.json", "iter_01"],
+)
+def test_what_is_deleted_or_altered_is_made_again(finished, toy, tmp_path, damage, caplog):
+    result = finished("tspin")
+    wanted, directory = outcome(result.output_dir), copy_of(result, tmp_path)
+    # proto and triplets matter only while an iteration still has to be trained
+    if damage in ("proto", "iter_01/triplets.parquet"):
+        shutil.rmtree(directory / "iter_01" / "checkpoints")
+        shutil.rmtree(directory / "iter_01" / "model")
+    if damage == "proto":
+        (directory / "iter_01" / "triplets.parquet").unlink()
+    path = directory / damage
+    if path.suffix:
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        shutil.rmtree(path)
+    again = SelfPlay(toy_config(toy, directory, method="tspin")).run()
+    assert again.model_hash == result.model_hash
+    if damage != "iter_00/synthetic":
+        assert outcome(directory) == wanted
+        assert "its files are missing or altered" in caplog.text
+
+
+def test_a_missing_policy_that_cannot_be_made_again_is_named(finished, toy, tmp_path):
+    directory = copy_of(finished("tspin"), tmp_path)
+    shutil.rmtree(directory / "iter_00")
+    (directory / "iter_01" / "eval.json").unlink()
+    shutil.rmtree(directory / "iter_01" / "model")
+    shutil.rmtree(directory / "iter_01" / "checkpoints")
+    with pytest.raises(ValueError, match=r"iter_00/model is missing; restore it, or delete .*iter_00 and all later"):
+        SelfPlay(toy_config(toy, directory, method="tspin")).run()
+
+
+def test_a_changed_config_is_refused_with_the_difference(finished, toy, tmp_path):
+    directory = copy_of(finished("tspin"), tmp_path)
+    changed = toy_config(toy, directory, method="tspin", iterations=3, learning_rate=2e-3)
+    with pytest.raises(ValueError, match=r"another config \(.*iterations: 2 -> 3.*learning_rate: 0.001 -> 0.002"):
+        SelfPlay(changed).run()
+    changed = toy_config(toy, directory, method="tspin", iterations=3, allow_config_change=True)
+    assert len(SelfPlay(changed).run().evaluations) == 3
+    assert SelfPlayConfig.from_file(directory / "config.yaml").iterations == 3
+
+
+@pytest.mark.parametrize("what", ["model", "data"])
+def test_another_model_or_other_data_under_the_same_name_is_refused(finished, toy, tmp_path, what):
+    root = shutil.copytree(toy, tmp_path / "toy")
+    config = toy_config(root, tmp_path / "run", iterations=1)
+    SelfPlay(config).run()
+    if what == "model":
+        (root / "model" / "model.safetensors").write_bytes(
+            (finished("tspin").model_dir / "model.safetensors").read_bytes()
+        )
+    else:
+        (root / "train.jsonl").write_text((root / "train.jsonl").read_text().replace("1", "2", 1))
+    with pytest.raises(ValueError, match="belongs to a run of another " + ("model" if what == "model" else "dataset")):
+        SelfPlay(config).run()
+
+
+def test_a_pickled_model_is_refused(toy, tmp_path):
+    root = shutil.copytree(toy, tmp_path / "toy")
+    (root / "model" / "model.safetensors").unlink()
+    torch.save({}, root / "model" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"want safetensors.*pytorch_model.bin.*convert"):
+        SelfPlay(toy_config(root, tmp_path / "run")).run()
+
+
+def test_an_unknown_model_is_named(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="model_name_or_path: want a directory or a hub name, got 'not/there'"):
+        SelfPlay(toy_config(toy, tmp_path / "run", model_name_or_path="not/there")).run()
+
+
+def test_another_number_of_processes_is_refused(finished, toy, tmp_path):
+    directory = copy_of(finished("tspin"), tmp_path)
+    record = storage.read_json(directory / "run.json")
+    storage.write_json(directory / "run.json", {**record, "processes": 2})
+    with pytest.raises(ValueError, match="of 2 processes, now there are 1"):
+        SelfPlay(toy_config(toy, directory, method="tspin")).run()
+
+
+@pytest.mark.parametrize("after", [3, 12, 40])
+def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_later(finished, toy, tmp_path, monkeypatch, after):
+    config, real, calls = toy_config(toy, tmp_path / "run", method="tspin"), os.fsync, []
+
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(ValueError, match=r"no space left on the device.*run the same command again"):
+        SelfPlay(config).run()
+    monkeypatch.setattr(os, "fsync", real)
+    SelfPlay(config).run()
+    assert outcome(tmp_path / "run") == outcome(finished("tspin").output_dir)
+
+
+def test_a_directory_in_use_is_refused(toy, tmp_path):
+    hold = "import sys; from tspin.storage import run_lock\nwith run_lock(sys.argv[1]): print(1, flush=True); input()"
+    command = [sys.executable, "-c", hold, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "1\n"
+        with pytest.raises(ValueError, match=f"in use by process {holder.pid}"):
+            SelfPlay(toy_config(toy, tmp_path / "run")).run()
+        holder.communicate("\n")

@@ -1,0 +1,18 @@
+"""Triplet self-play fine-tuning (T-SPIN, arXiv 2601.08198): generate, train, iterate, resume, report."""
+
+from importlib import import_module
+
+_HOMES = {
+    "SelfPlay": "tspin.loop",
+    "SelfPlayConfig": "tspin.config",
+    "TSPINConfig": "tspin.trainer",
+    "TSPINTrainer": "tspin.trainer",
+}
+__all__ = ["SelfPlay", "SelfPlayConfig", "TSPINConfig", "TSPINTrainer"]
+
+
+def __getattr__(name: str):
+    # Imported on first use, so that `tspin --help` does not wait for torch.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'tspin' has no attribute {name!r}")

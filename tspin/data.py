@@ -1,0 +1,493 @@
+"""Rows of annotated prompts, read from files or the hub, rendered by one template, as token ids; triplets; batches.
+
+The prompt and each response are tokenised apart and their ids concatenated, so the prompt's tokens are the same for
+all members of a triplet. Text never decides what a response is: ids and finish reasons do. This module deliberately
+samples nothing and knows no loss.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import jinja2
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+if TYPE_CHECKING:
+    from tspin.config import SelfPlayConfig
+    from tspin.generate import Generation
+
+logger = logging.getLogger(__name__)
+
+MEMBERS = ("chosen", "rejected", "proto")
+_SUFFIXES = (".jsonl", ".json", ".parquet")
+_SPLIT_NAMES = "train|test|validation|valid|val|dev|eval"
+_LAYOUTS = "prompt with response, completion or chosen; messages; real; or --prompt_column and --response_column"
+
+
+class BadRow(ValueError):
+    """One row that cannot be used; the message says what was wanted, what came, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One annotated prompt.
+
+    `row` is its index in the source, counted before any row is dropped; seeds and responses are keyed by it.
+    `prompt` is the raw text, or the rendered conversation under the template "chat"; `prompt_ids` are the template's.
+    `response_ids` end with one end token, or with none when `overlong` cut them.
+    """
+
+    row: int
+    prompt: str
+    response: str
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the rows of one source: total = kept + bad + overlong_dropped."""
+
+    source: str
+    total: int
+    kept: int
+    bad: int
+    overlong_dropped: int
+    overlong_cut: int
+    first_bad: str | None
+
+
+def stop_token_ids(tokenizer: Tokenizer, model_generation_config: GenerationConfig | None = None) -> tuple[int, ...]:
+    """The ids that end a response, the tokenizer's end token first, then those of the generation config.
+
+    Raises:
+        ValueError: there is none.
+    """
+    configured: Any = getattr(model_generation_config, "eos_token_id", None)
+    configured = [configured] if isinstance(configured, int) else configured or []
+    ids: tuple[Any, ...] = tuple(dict.fromkeys(i for i in (tokenizer.eos_token_id, *configured) if i is not None))
+    if not ids:
+        raise ValueError("tokenizer: want an end token, got none; set eos_token in tokenizer_config.json")
+    return ids
+
+
+def load_examples(
+    config: SelfPlayConfig, tokenizer: Tokenizer, *, split: str = "train"
+) -> tuple[list[Example], DataReport]:
+    """The rows of `config.dataset` (split "train") or `config.eval_dataset` (split "eval"), tokenised.
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: a row cannot be used and on_bad_row is "error"; a response is too long and overlong is "error";
+            no row is left; the source cannot be read; the tokenizer lacks an end token or a chat template.
+    """
+    training = split == "train"
+    name = config.dataset if training else config.eval_dataset
+    if name is None:
+        raise ValueError("eval_dataset: want a path or hub name of held-out rows, got null; set --eval_dataset")
+    source = read_rows(name, config.dataset_config, config.dataset_split if training else config.eval_split)
+    source = islice(source, config.max_rows if training else config.eval_rows)
+    encode = Encoder(tokenizer, config.prompt_template, end_token_ids(config, tokenizer))
+    max_length = config.training_value("max_length")
+    examples: list[Example] = []
+    total = bad = cut = 0
+    first_bad = None
+    for row, (where, record) in enumerate(tqdm(source, desc=f"tokenise {split}", unit="row", delay=2, disable=None)):
+        total += 1
+        try:
+            turns, reply = exchange(record, config.prompt_column, config.response_column)
+            prompt, prompt_ids, response_ids = encode(turns, reply)
+            kept_ids = fit(prompt_ids, response_ids, max_length, config.overlong)
+        except BadRow as error:
+            if config.on_bad_row == "error":
+                raise BadRow(f"{where}: {error} (or --on_bad_row skip)") from error
+            bad += 1
+            first_bad = first_bad or f"{where}: {error}"
+            continue
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if kept_ids is not None:
+            cut += len(kept_ids) < len(response_ids)
+            examples.append(Example(row, prompt, reply["content"], prompt_ids, kept_ids))
+    report = DataReport(name, total, len(examples), bad, total - len(examples) - bad, cut, first_bad)
+    logger.log(logging.WARNING if len(examples) < total or cut else logging.INFO, "%s", report)
+    if not examples:
+        raise ValueError(f"no row is left of {report}; want at least one (is max_length {max_length} too small?)")
+    return examples, report
+
+
+def end_token_ids(config: SelfPlayConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end a response in a run; a chat template may use one that only the generation config names."""
+    if config.prompt_template != "chat":
+        return stop_token_ids(tokenizer)
+    try:
+        beside = GenerationConfig.from_pretrained(config.model_name_or_path, revision=config.model_revision or "main")
+    except (OSError, ValueError):
+        beside = None
+    return stop_token_ids(tokenizer, beside)
+
+
+def read_rows(name: str, config_name: str | None, split: str) -> Iterator[tuple[str, Mapping | BadRow]]:
+    """The rows of a file, of a directory's files of one split, or of a hub data set, each with the place it lies at.
+
+    A row that cannot be parsed comes as a BadRow, so that the rows after it keep their numbers.
+    """
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        files = _split_files(path / config_name if config_name and (path / config_name).is_dir() else path, split)
+    elif path.exists() or path.suffix in _SUFFIXES or name.startswith(("/", ".", "~")):
+        files = [path]
+    else:
+        yield from _hub_rows(name, config_name, split)
+        return
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"dataset: want a file, directory or hub name, got {file}, which does not exist")
+        if file.suffix not in _SUFFIXES:
+            raise ValueError(f"dataset: want a file that ends in {', '.join(_SUFFIXES)}, got {file}; convert it")
+        yield from (_parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file))
+
+
+def _split_files(directory: Path, split: str) -> list[Path]:
+    """The files named after the split (train.jsonl, train-00000-of-00002.parquet); all, where none names a split."""
+    files = sorted(file for file in directory.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+    named = {file: re.match(rf"({re.escape(split)}|{_SPLIT_NAMES})(?=[-_.]|$)", file.stem) for file in files}
+    chosen = [file for file, match in named.items() if match and match[1] == split] if any(named.values()) else files
+    if not chosen:
+        there = ", ".join(file.name for file in files) or "no data file"
+        want = f"{split}*{', '.join(_SUFFIXES)} (dataset_split or eval_split; max_rows takes the first rows)"
+        raise ValueError(f"dataset: want {want} in {directory}, got {there}; name a file or another split")
+    return chosen
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Mapping | BadRow]]:
+    with file.open("rb") as lines:
+        start = lines.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        lines.seek(0)
+        if start == b"[" and file.suffix == ".json":
+            try:
+                rows = json.loads(lines.read().decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"dataset: {file} is not valid JSON: {error}; is it cut short?") from None
+            yield from ((f"{file}, row {number}", record) for number, record in enumerate(rows, 1))
+            return
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    record = json.loads(line.decode("utf-8-sig"))
+                except (ValueError, RecursionError) as error:
+                    record = BadRow(f"want one JSON object a line, got broken JSON ({error}); repair the line")
+                yield f"{file}, line {number}", record
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Mapping]]:
+    number = 0
+    try:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{file}, row {number}", record
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"dataset: {file} is not a whole parquet file: {error}; is it cut short?") from None
+
+
+def _hub_rows(name: str, config_name: str | None, split: str) -> Iterator[tuple[str, Any]]:
+    try:
+        rows = datasets.load_dataset(name, config_name, split=split)
+    except Exception as error:
+        wanted = f"an existing path or a data set on the hub with config {config_name!r} and split {split!r}"
+        raise ValueError(f"dataset: want {wanted}, got {name!r}: {error}") from error
+    yield from ((f"{name}, row {number}", record) for number, record in enumerate(rows, 1))
+
+
+def exchange(
+    record: Any, prompt_column: str | None = None, response_column: str | None = None
+) -> tuple[list[dict], dict]:
+    """The turns before the annotated response, and that response as a turn, of one row in any known layout."""
+    if isinstance(record, BadRow):
+        raise record
+    if not isinstance(record, Mapping):
+        raise BadRow(f"want a JSON object, got {type(record).__name__}; write one object with named columns")
+    present = {key for key, value in record.items() if value is not None}
+    if response_column is not None:
+        pair = (prompt_column, response_column)
+    elif whole := next((key for key in ("real", "messages") if key in present), None):
+        pair = (None, whole)
+    else:
+        answer = next((key for key in ("response", "completion", "chosen") if key in present), "response")
+        pair = ("prompt" if "prompt" in present or answer != "chosen" else None, answer)
+    missing = [column for column in pair if column is not None and column not in present]
+    if missing:
+        raise BadRow(f"column {missing[0]!r} is missing; got columns {sorted(map(str, record))}; want {_LAYOUTS}")
+    turns = [] if pair[0] is None else _turns(record[pair[0]], "user", pair[0])
+    replies = _turns(record[pair[1]], "assistant", pair[1])
+    last = max((i for i, turn in enumerate(replies) if turn["role"] == "assistant"), default=-1)
+    if last < 0:
+        raise BadRow(f"column {pair[1]!r}: want an assistant turn, got none; annotate the row")
+    turns = replies[:last] if any(turn["role"] == "user" for turn in replies[:last]) else turns + replies[:last]
+    if not turns:
+        raise BadRow(f"column {pair[1]!r}: want a user turn before the response, got none; name a --prompt_column")
+    return turns, replies[last]
+
+
+def _turns(value: Any, role: str, column: str) -> list[dict]:
+    """A text as one turn of `role`, or a list of messages as it is, without empty optional fields."""
+    turns = [{"role": role, "content": value}] if isinstance(value, str) else value
+    if not isinstance(turns, list):
+        raise BadRow(f"column {column!r}: want text or a list of messages, got {type(value).__name__}; convert it")
+    for turn in turns:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+            raise BadRow(f"column {column!r}: want messages with role and content, got {str(turn)[:80]!r}; convert it")
+        if not isinstance(turn.get("content"), str) or not turn["content"].strip():
+            raise BadRow(f"column {column!r}: want text in the {turn['role']} turn, got none or only spaces; fill it")
+        if any("\ud800" <= character <= "\udfff" for character in turn["content"]):
+            raise BadRow(f"column {column!r}: want valid Unicode, got a lone surrogate; repair the text")
+    return [{key: entry for key, entry in turn.items() if entry is not None} for turn in turns]
+
+
+class Encoder:
+    """Renders an exchange by one template and tokenises it: the one place where text becomes ids.
+
+    Args:
+        prompt_template: text with `{prompt}`, or "chat" for the tokenizer's chat template.
+        stop_ids: the ids that end a response; the first one is appended to a plain response.
+    Raises:
+        ValueError: the template is "chat" and the tokenizer has none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_template: str, stop_ids: Sequence[int]):
+        self.tokenizer: Any = tokenizer
+        self.template, self.stop_ids = prompt_template, tuple(stop_ids)
+        self.is_chat = prompt_template == "chat"
+        if self.is_chat and not tokenizer.chat_template:
+            raise ValueError(
+                "prompt_template: want text with {prompt}, got 'chat', but the tokenizer has no chat template"
+            )
+        bos: Any = tokenizer.bos_token_id
+        self.bos = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+
+    def __call__(self, turns: list[dict], reply: dict) -> tuple[str, list[int], list[int]]:
+        """The prompt's text, its ids, and the response's ids, which end with exactly one end token."""
+        if self.is_chat:
+            prompt, rendered = self._render(turns, reply)
+            prompt_ids = self._ids(prompt)
+        elif [turn["role"] for turn in turns] != ["user"]:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise BadRow(f"want one user turn for a plain prompt_template, got {roles}; set --prompt_template chat")
+        else:
+            prompt, rendered = turns[0]["content"], reply["content"]
+            prompt_ids = self._ids(self.template.replace("{prompt}", prompt))
+            prompt_ids = prompt_ids if prompt_ids[: len(self.bos)] == self.bos else self.bos + prompt_ids
+        ids = self._ids(rendered)
+        end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
+        if end is None and self.is_chat:
+            names = self.tokenizer.convert_ids_to_tokens(list(self.stop_ids))
+            wanted = f"want an end token, one of {names}, where the chat template ends a response"
+            raise BadRow(f"{wanted}, got {rendered[-20:]!r}; set eos_token in tokenizer_config.json")
+        end = len(ids) if end is None else end
+        if end == 0 or self.tokenizer.decode(ids[end + 1 :], skip_special_tokens=True).strip():
+            raise BadRow("want a response with text before its end token and none after it; repair the text")
+        return prompt, prompt_ids, [*ids[:end], *(ids[end : end + 1] or self.stop_ids[:1])]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    def _render(self, turns: list[dict], reply: dict) -> tuple[str, str]:
+        try:
+            prompt = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            whole = self.tokenizer.apply_chat_template([*turns, reply], tokenize=False)
+        except jinja2.TemplateError as error:
+            raise BadRow(f"the chat template refuses the row: {error}; reorder its turns or drop it") from None
+        if not whole.startswith(prompt):
+            raise BadRow("want the prompt's rendering to begin the whole's, got another; use a plain prompt_template")
+        return prompt, whole[len(prompt) :]
+
+
+def fit(prompt_ids: Sequence[int], response_ids: list[int], max_length: int, overlong: str) -> list[int] | None:
+    """The response if it fits behind its prompt, else what `overlong` makes of it; None: drop.
+
+    Prompts are never cut; a cut response has no end token.
+
+    Raises:
+        BadRow: the prompt is empty or fills max_length.
+        ValueError: the response does not fit and overlong is "error".
+    """
+    if not prompt_ids:
+        raise BadRow("want a prompt of at least one token, got none; fill it, or use a tokenizer with a start token")
+    room = max_length - len(prompt_ids)
+    if room < 1:
+        raise BadRow(
+            f"the prompt's {len(prompt_ids)} tokens fill max_length {max_length}; shorten it or raise max_length"
+        )
+    if len(response_ids) <= room:
+        return response_ids
+    if overlong == "error":
+        total = len(prompt_ids) + len(response_ids)
+        raise ValueError(f"want at most max_length {max_length} tokens, got {total}; raise it, or set overlong: drop")
+    return response_ids[:room] if overlong == "cut" else None
+
+
+def build_triplets(
+    examples: Sequence[Example],
+    synthetic: Mapping[int, Generation],
+    proto: Mapping[int, Generation] | None = None,
+    *,
+    max_length: int = 2048,
+    overlong: str = "drop",
+) -> pa.Table:
+    """One row per example whose members fit: texts under TRL's names, ids, and finish reasons.
+
+    Columns: row, prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids, rejected_finish_reason, and with
+    `proto` proto, proto_ids, proto_finish_reason. A member cut by `overlong` has the finish reason "length".
+
+    Raises:
+        ValueError: a response is missing or empty, or too long where overlong is "error".
+    """
+    sources = {"rejected": synthetic} | ({} if proto is None else {"proto": proto})
+    records = []
+    for example in examples:
+        record: dict[str, Any] = {"row": example.row, "prompt": example.prompt, "prompt_ids": example.prompt_ids}
+        record |= {"chosen": example.response}
+        record["chosen_ids"] = fit(example.prompt_ids, example.response_ids, max_length, overlong)
+        for member, source in sources.items():
+            if example.row not in source or not source[example.row].token_ids:
+                raise ValueError(f"{member}: want a response for row {example.row}, got none; generate it again")
+            made = source[example.row]
+            kept_ids = fit(example.prompt_ids, made.token_ids, max_length, overlong)
+            is_whole = kept_ids == made.token_ids
+            record |= {member: made.text, f"{member}_ids": kept_ids}
+            record[f"{member}_finish_reason"] = made.finish_reason if is_whole else "length"
+        records.append(record)
+    ids = [f"{member}_ids" for member in ("chosen", *sources)]
+    kept = [record for record in records if all(record[column] is not None for column in ids)]
+    _log_dropped(len(records), len(kept))
+    columns = [("row", pa.int64()), *((name, pa.string()) for name in ("prompt", "chosen", *sources))]
+    columns += [(name, pa.list_(pa.int32())) for name in ("prompt_ids", *ids)]
+    columns += [(f"{member}_finish_reason", pa.string()) for member in sources]
+    return pa.Table.from_pylist(kept, schema=pa.schema(columns))
+
+
+def _log_dropped(total: int, kept: int) -> None:
+    if kept < total:
+        logger.warning("%d of %d triplets end beyond max_length and are dropped (see overlong)", total - kept, total)
+
+
+def tokenize_triplets(
+    dataset: datasets.Dataset,
+    tokenizer: Tokenizer,
+    prompt_template: str | None = None,
+    max_length: int = 2048,
+    overlong: str = "drop",
+    num_proc: int | None = None,
+) -> datasets.Dataset:
+    """Add the ids columns to TRL's rows: chosen, with rejected and proto where present, as text or as messages.
+
+    prompt_template None takes text as it is and messages through the chat template.
+
+    Raises:
+        ValueError: a row cannot be used; it is named.
+    """
+    members = [member for member in MEMBERS if member in dataset.column_names]
+    if "chosen" not in members:
+        raise ValueError(f"dataset: want columns prompt, chosen, rejected (and proto), got {dataset.column_names}")
+    if prompt_template is None:
+        prompt_template = "{prompt}" if len(dataset) and isinstance(dataset[0]["chosen"], str) else "chat"
+    encode = Encoder(tokenizer, prompt_template, stop_token_ids(tokenizer))
+    prompt_column = "prompt" if "prompt" in dataset.column_names else None
+
+    def ids_of(record: dict[str, Any], row: int) -> dict[str, Any]:
+        columns: dict[str, Any] = {}
+        try:
+            for member in members:
+                _, prompt_ids, response_ids = encode(*exchange(record, prompt_column, member))
+                if columns.setdefault("prompt_ids", prompt_ids) != prompt_ids:
+                    raise BadRow(f"column {member!r}: want the prompt of 'chosen', got another; repair the row")
+                kept_ids = fit(prompt_ids, response_ids, max_length, overlong)
+                columns[f"{member}_ids"] = kept_ids or []
+                columns[f"{member}_finish_reason"] = "stop" if kept_ids == response_ids else "length"
+        except ValueError as error:
+            raise ValueError(f"dataset, row {row}: {error}") from error
+        return columns
+
+    encoded = dataset.map(
+        ids_of, with_indices=True, num_proc=num_proc, desc="tokenise triplets", load_from_cache_file=False
+    )
+    kept = [i for i, row in enumerate(zip(*(encoded[f"{member}_ids"] for member in members))) if all(row)]
+    _log_dropped(len(encoded), len(kept))
+    return encoded.select(kept)
+
+
+@dataclass(frozen=True)
+class TripletCollator:
+    """Stacks triplets into one batch of right-padded rows, one row per member, and the index of every scored token.
+
+    For B features and G members, with R = B * G rows of T tokens and N response tokens in all:
+        input_ids, attention_mask: [R, T] int64; row b * G + m is prompt and member m of triplet b.
+        rows: [N] int64 into the flattened [R * T] hidden states: the position before each response token.
+        targets: [N] int64, the response tokens. sequence_ids: [N] int64, b * G + m. lengths: [B, G] int64.
+        identical, truncated: [B] bool: rejected equals chosen; rejected was cut by length. False without rejected.
+        ref_logps: [B, G] float32, nats, where the features have ref_<member>_logps.
+
+    Raises:
+        ValueError: a feature lacks a column, or its prompt or a member is empty.
+    """
+
+    pad_token_id: int
+    members: tuple[str, ...] = MEMBERS
+
+    def __post_init__(self) -> None:
+        if self.members not in (MEMBERS[:1], MEMBERS[:2], MEMBERS):
+            raise ValueError(f"members: want the first one, two or three of {MEMBERS}, got {self.members}")
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        needed = ["prompt_ids", *(f"{member}_ids" for member in self.members)]
+        for feature in features:
+            absent = [column for column in needed if not feature.get(column)]
+            if absent:
+                raise ValueError(
+                    f"features: want {needed}, none of them empty, got no {absent[0]} in {sorted(feature)}"
+                )
+        pairs = [(f["prompt_ids"], f[f"{member}_ids"]) for f in features for member in self.members]
+        width = max(len(prompt) + len(response) for prompt, response in pairs)
+        input_ids = torch.full((len(pairs), width), self.pad_token_id)
+        attention_mask = torch.zeros((len(pairs), width), dtype=torch.int64)
+        rows = []
+        for r, (prompt, response) in enumerate(pairs):
+            length = len(prompt) + len(response)
+            input_ids[r, :length] = torch.tensor([*prompt, *response])
+            attention_mask[r, :length] = 1
+            rows.append(torch.arange(r * width + len(prompt) - 1, r * width + length - 1))
+        is_pair = "rejected" in self.members
+        lengths = torch.tensor([len(response) for _, response in pairs])
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "rows": torch.cat(rows),
+            "targets": torch.tensor([token for _, response in pairs for token in response]),
+            "sequence_ids": torch.arange(len(pairs)).repeat_interleave(lengths),
+            "lengths": lengths.view(len(features), -1),
+            "identical": torch.tensor([f["chosen_ids"] == f["rejected_ids"] if is_pair else False for f in features]),
+            "truncated": torch.tensor([is_pair and f.get("rejected_finish_reason") == "length" for f in features]),
+        }
+        references = [f"ref_{member}_logps" for member in self.members]
+        if any(column in feature for feature in features for column in references):
+            absent = [column for column in references if any(column not in feature for feature in features)]
+            if absent:
+                raise ValueError(f"features: want all of {references} in every row or none, got no {absent[0]} in some")
+            values = [[feature[column] for column in references] for feature in features]
+            batch["ref_logps"] = torch.tensor(values, dtype=torch.float32)
+        return batch

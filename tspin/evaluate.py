@@ -1,0 +1,247 @@
+"""What a policy makes of given responses: exact match, log-likelihood, pairs out of order, and reference log-probs.
+
+No benchmark harness and no few-shot prompts: the rows are rendered by the template of the run. Numbers are of the
+policy as it is; greedy exact match flatters it, the sampled one is what self-play sees. Log-probs are in nats.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tspin.data import Example, TripletCollator
+from tspin.generate import Generation, generate_responses, read_generations, sample_responses
+from tspin.model import probe_head, score_references
+from tspin.storage import hash_json, read_shard, write_shard
+from tspin.trainer import TSPINConfig
+
+GREEDY, SAMPLED = "greedy", "sampled"
+
+
+def extract_answer(text: str, pattern: str | None = None) -> str | None:
+    """The last group of the last match of `pattern` (the match itself without groups), stripped; None without a match.
+
+    pattern None: the whole text, stripped.
+    """
+    if pattern is None:
+        return text.strip()
+    matches = list(re.finditer(pattern, text))
+    if not matches:
+        return None
+    answer = matches[-1].group(matches[-1].re.groups)
+    return None if answer is None else answer.strip()
+
+
+def exact_match(examples: Sequence[Example], generations: Sequence[Generation], pattern: str | None = None) -> float:
+    """Share of generations that ended by themselves with the answer of the annotated response.
+
+    Raises:
+        ValueError: an annotated response holds no answer; its row is named.
+    """
+    right = 0
+    for example, generation in zip(examples, generations, strict=True):
+        wanted = extract_answer(example.response, pattern)
+        if wanted is None:
+            raise ValueError(
+                f"answer_pattern: want a match in every annotated response, got none for {pattern!r} in row "
+                f"{example.row}: {example.response[:80]!r}; correct the pattern or leave it out"
+            )
+        right += generation.finish_reason == "stop" and extract_answer(generation.text, pattern) == wanted
+    return right / len(examples)
+
+
+def score_pairs(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    generations: Mapping[int, Generation] | None = None,
+    *,
+    pad_token_id: int,
+    batch_size: int = 8,
+    autocast_dtype: torch.dtype | None = None,
+    **scoring: Any,
+) -> tuple[list[float], list[float]]:
+    """Summed log-probs (nats) under the model of the annotated responses, and of `generations` (by row; may be None).
+
+    scoring: `fused` and `memory_budget`, as `tspin.model.score_references`.
+    """
+    members = ("chosen",) if generations is None else ("chosen", "rejected")
+    features = [{"prompt_ids": e.prompt_ids, "chosen_ids": e.response_ids} for e in examples]
+    if generations is not None:
+        for feature, example in zip(features, examples):
+            feature["rejected_ids"] = generations[example.row].token_ids
+    collator = TripletCollator(pad_token_id, members)
+    with torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+        scores = score_references(model, features, collator, batch_size=batch_size, desc="log-likelihood", **scoring)
+    return scores["ref_chosen_logps"], scores.get("ref_rejected_logps", [])
+
+
+def fresh_pairs(
+    model: PreTrainedModel, examples: Sequence[Example], generations: Mapping[int, Generation], **scoring: Any
+) -> dict[str, Any]:
+    """What the policy just trained makes of its own new samples y'.
+
+    Returns:
+        fresh_share: share of all pairs with logp(y) < logp(y'); fresh_identical: share with y' = y, which are never
+        counted as out of order; fresh_rows: number of pairs.
+    """
+    real, synthetic = score_pairs(model, examples, generations, **scoring)
+    identical = [generations[e.row].token_ids == e.response_ids for e in examples]
+    below = [r < s and not same for r, s, same in zip(real, synthetic, identical)]
+    return {
+        "fresh_share": sum(below) / len(below),
+        "fresh_identical": sum(identical) / len(identical),
+        "fresh_rows": len(below),
+    }
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    answer_pattern: str | None = None,
+    max_new_tokens: int = 256,
+    batch_size: int = 32,
+    seed: int = 42,
+    sampled: bool = True,
+    directory: str | Path | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    scoring_batch_size: int = 8,
+    **scoring: Any,
+) -> dict[str, Any]:
+    """Exact match and log-likelihood on held-out rows.
+
+    Args:
+        directory: where `generate_answers` has written the responses; None samples them here and keeps none.
+        scoring: `fused` and `memory_budget`, as `tspin.model.score_references`.
+    Returns:
+        exact_match: greedy; exact_match_sampled: at temperature 1 (absent unless `sampled`); logprob: mean summed
+        log-prob of the annotated responses, nats; nll_per_token: nats; truncated_greedy: share of greedy responses that were
+        cut; rows.
+    Raises:
+        ValueError: no examples, or `answer_pattern` matches no answer in an annotated response.
+    """
+    if not examples:
+        raise ValueError("examples: want at least one held-out row, got none")
+    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "autocast_dtype": autocast_dtype}
+    answers: dict[str, list[Generation]] = {}
+    if directory is None:
+        for mode in (GREEDY, SAMPLED)[: 1 + sampled]:
+            temperature = 0.0 if mode == GREEDY else 1.0
+            answers[mode] = sample_responses(model, tokenizer, examples, seed=seed, temperature=temperature, **settings)
+    else:
+        for mode in (GREEDY, SAMPLED)[: 1 + sampled]:
+            read = read_generations(Path(directory) / mode)
+            answers[mode] = [read[e.row] for e in examples]
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    logprobs, _ = score_pairs(
+        model,
+        examples,
+        pad_token_id=cast(int, padding),
+        batch_size=scoring_batch_size,
+        autocast_dtype=autocast_dtype,
+        **scoring,
+    )
+    result: dict[str, Any] = {"exact_match": exact_match(examples, answers[GREEDY], answer_pattern)}
+    if sampled:
+        result["exact_match_sampled"] = exact_match(examples, answers[SAMPLED], answer_pattern)
+    return result | {
+        "logprob": sum(logprobs) / len(examples),
+        "nll_per_token": -sum(logprobs) / sum(len(e.response_ids) for e in examples),
+        "truncated_greedy": sum(g.finish_reason == "length" for g in answers[GREEDY]) / len(examples),
+        "rows": len(examples),
+    }
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    directory: str | Path,
+    *,
+    seed: int,
+    sampled: bool = True,
+    **settings: Any,
+) -> None:
+    """Write the greedy and, if `sampled`, the sampled responses below `directory`; settings as `generate_responses`."""
+    for mode in (GREEDY, SAMPLED)[: 1 + sampled]:
+        generate_responses(
+            model,
+            tokenizer,
+            examples,
+            Path(directory) / mode,
+            seed=seed,
+            temperature=0.0 if mode == GREEDY else 1.0,
+            desc=f"answer, {mode}",
+            **settings,
+        )
+
+
+def scoring_options(args: TSPINConfig, model: PreTrainedModel) -> dict[str, Any]:
+    """How to score without a trainer: through the head where `args.fused` and the model allow it."""
+    fused = args.fused != "off"
+    if fused:
+        try:
+            probe_head(model)
+        except ValueError:
+            if args.fused == "on":
+                raise
+            fused = False
+    return {"fused": fused, "memory_budget": args.memory_budget}
+
+
+def write_references(
+    model: PreTrainedModel,
+    table: pa.Table,
+    directory: str | Path,
+    collator: TripletCollator,
+    *,
+    batch_size: int,
+    shard_size: int,
+    process_index: int = 0,
+    num_processes: int = 1,
+    autocast_dtype: torch.dtype | None = None,
+    model_id: str = "",
+    **scoring: Any,
+) -> None:
+    """Write the model's log-probs of all members of a table of triplets, in shards as `generate_responses` does."""
+    rows = table.to_pylist()
+    request = {
+        "model": model_id,
+        "triplets": hash_json(rows),
+        "members": list(collator.members),
+        "rows": len(rows),
+        "shard_size": shard_size,
+        "batch_size": batch_size,
+        "autocast": str(autocast_dtype),
+    }
+    for index in range(process_index, -(-len(rows) // shard_size), num_processes):
+        if read_shard(directory, index, request) is None:
+            part = rows[index * shard_size : (index + 1) * shard_size]
+            with torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+                scores = score_references(model, part, collator, batch_size=batch_size, **scoring)
+            write_shard(directory, index, pa.table(scores), request)
+
+
+def read_references(directory: str | Path, table: pa.Table) -> pa.Table:
+    """The table of triplets with the columns ref_<member>_logps that `write_references` left for it.
+
+    Raises:
+        ValueError: a shard is missing or torn; it is named.
+    """
+    shards: list[pa.Table] = []
+    while sum(shard.num_rows for shard in shards) < table.num_rows:
+        shard = read_shard(directory, len(shards))
+        if shard is None:
+            raise ValueError(f"{directory}: shard-{len(shards):05d} is missing or torn; run the same command again")
+        shards.append(shard.replace_schema_metadata(None))
+    scores = pa.concat_tables(shards)
+    for name in scores.column_names:
+        table = table.append_column(name, scores[name])
+    return table

@@ -1,0 +1,400 @@
+"""Algorithm 1: sample from the policy, train on the triplets, and again, in a directory that survives kill -9.
+
+A run is a list of stages. Each stage reads files and writes files, is repeatable, and counts once `state.json` names
+it together with the hashes of what it wrote; a stage loads what it needs from disk, so an interrupted run takes the
+same path as an undisturbed one and ends with bitwise the same weights (same machine and number of processes). Inside a
+stage, generation resumes at its shards and training at its last whole checkpoint. This module deliberately holds no
+loss, no sampling and no data format.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from rich.console import Console
+from transformers import PreTrainedModel, TrainerCallback, set_seed
+
+from tspin import storage
+from tspin.config import SelfPlayConfig
+from tspin.data import Example, TripletCollator, build_triplets, load_examples
+from tspin.evaluate import evaluate, fresh_pairs, generate_answers, read_references, scoring_options, write_references
+from tspin.generate import derived_seed, generate_responses, read_generations
+from tspin.model import load_model, load_tokenizer
+from tspin.report import iteration_table, write_report
+from tspin.trainer import TSPINConfig, TSPINTrainer
+
+logger = logging.getLogger(__name__)
+
+FRESH_ROWS = 256
+_PACKAGES = ("tspin", "torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "numpy", "pyarrow")
+_NOT_OF_THE_MODEL = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "complete.json")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a finished run left its last policy, the SHA-256 of its weights, and each iteration's eval.json."""
+
+    output_dir: Path
+    model_dir: Path
+    model_hash: str
+    evaluations: list[dict[str, Any]]
+
+
+def wait_for_everyone() -> None:
+    """A barrier over all processes. Asked for anew each time: TrainingArguments resets accelerate's state."""
+    PartialState().wait_for_everyone()
+
+
+class _Sealing(TrainerCallback):
+    """Seals each checkpoint once it is whole, and keeps metrics.jsonl equal to the log up to the present step.
+
+    Every save is preceded by a log, so that no average runs across a checkpoint; the last step is always saved.
+    Old checkpoints go only after the new one is sealed, so one whole checkpoint exists at any moment.
+    """
+
+    def __init__(self, checkpoints: storage.Checkpoints, metrics: Path, limit: int | None):
+        self.checkpoints, self.metrics, self.limit = checkpoints, metrics, limit
+        self.saved_step = -1
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            storage.write_atomic(self.metrics, storage.json_lines(state.log_history))
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            with open(self.metrics, "ab") as file:
+                file.write(storage.json_lines(state.log_history[-1:]))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= state.global_step >= state.max_steps
+        control.should_log |= control.should_save
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save &= state.global_step != self.saved_step
+        control.should_log |= control.should_save
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved_step = state.global_step
+        wait_for_everyone()
+        if state.is_world_process_zero:
+            self.checkpoints.seal(state.global_step, state.max_steps)
+            self.checkpoints.rotate(self.limit)
+        wait_for_everyone()
+
+
+class SelfPlay:
+    """The self-play loop of one config; `run` may be called on a directory in any state that a run left behind."""
+
+    def __init__(self, config: SelfPlayConfig):
+        self.config = config
+        self.directory = Path(config.output_dir)
+
+    def run(self) -> RunResult:
+        """Do what is not yet done and return the final policy.
+
+        Raises:
+            ValueError: another process uses the directory; it belongs to another config, model or data; one of its
+                files is damaged; the input is bad; no space is left. What is finished is kept.
+        """
+        # TrainingArguments choose the device and start the process group.
+        self.autocast = _autocast(self._training_args(0))
+        state = PartialState()
+        self.is_main, self.rank, self.world = state.is_main_process, state.process_index, state.num_processes
+        with storage.run_lock(self.directory, self.rank), storage.disk_errors(self.directory):
+            self._open()
+            if self.held_out:
+                initial = self.directory / "eval_initial.json"
+                self._stage("eval_initial", lambda: self._evaluate(0, initial), self._holds("eval_initial", initial))
+            for t in range(self.config.iterations):
+                self._iterate(t)
+            if self.is_main:
+                write_report(self.directory)
+            wait_for_everyone()
+            final = self._at(self.config.iterations - 1) / "model"
+            evaluations = [storage.read_json(self._at(t) / "eval.json") for t in range(self.config.iterations)]
+            return RunResult(self.directory, final, storage.model_hash(final), evaluations)
+
+    def _iterate(self, t: int) -> None:
+        here, following, args = self._at(t), self._at(t + 1), self._training_args(t)
+        is_last, is_sft = t + 1 == self.config.iterations, args.method == "sft"
+        proto, checkpoints = self.directory / "proto", storage.Checkpoints(here / "checkpoints")
+        # What is done is looked at again only while something still needs it.
+        passed = not is_last and f"{following.name}/train" in self.done
+        exported = passed or self._holds(f"{here.name}/model", here / "model")
+        trained = exported or (f"{here.name}/train" in self.done and checkpoints.final() is not None)
+        built = trained or self._holds(f"{here.name}/triplets", here / "triplets.parquet")
+        synthesised = built or is_sft or self._holds(f"{here.name}/synthetic", here / "synthetic")
+        has_proto = built or "proto" not in args.members_at(t) or self._holds("proto", proto)
+        wait_for_everyone()
+        self._stage("proto", lambda: self._generate("proto", 0, proto), has_proto)
+        self._stage(f"{here.name}/synthetic", lambda: self._generate(here.name, t, here / "synthetic"), synthesised)
+        self._stage(f"{here.name}/triplets", lambda: self._build_triplets(t, args), built)
+        self._stage(f"{here.name}/train", lambda: self._train(t, args, checkpoints), trained)
+        self._stage(f"{here.name}/model", lambda: self._export(t, checkpoints), exported)
+        # The samples that the next iteration starts from show at once what this policy makes of its own responses.
+        borrows = not (is_last or is_sft)
+        samples = following / "synthetic" if borrows else here / "fresh"
+        name, rows = (f"{following.name}/synthetic", None) if borrows else (f"{here.name}/fresh", FRESH_ROWS)
+        is_evaluated = self._holds(f"{here.name}/eval", here / "eval.json")
+        is_sampled = is_evaluated or self._holds(name, samples)
+        wait_for_everyone()
+        self._stage(name, lambda: self._generate(following.name, t + 1, samples, rows), is_sampled)
+        self._stage(f"{here.name}/eval", lambda: self._evaluate(t + 1, here / "eval.json", samples), is_evaluated)
+        if self.is_main and not is_evaluated:
+            Console().print(iteration_table(self.directory))
+
+    def _at(self, t: int) -> Path:
+        return self.directory / f"iter_{t:02d}"
+
+    def _holds(self, name: str, path: Path) -> bool:
+        """Whether the stage is done and what it wrote is still what it wrote."""
+        return name in self.done and storage.content_hash(path) == self.done[name]["sha256"]
+
+    def _stage(self, name: str, work: Callable[[], Path], holds: bool) -> None:
+        """Run `work` on every process unless the stage holds; the main process then records the hash of its output."""
+        if holds:
+            return
+        if name in self.done:
+            logger.warning("%s is done, but its files are missing or altered: doing it again", name)
+        else:
+            logger.info("%s", name)
+        path = work()
+        wait_for_everyone()
+        if self.is_main:
+            record = {"path": str(path.relative_to(self.directory)), "sha256": storage.content_hash(path)}
+            storage.write_json(self.directory / "state.json", {"done": {**self.done, name: record}})
+        wait_for_everyone()
+        self.done = storage.read_json(self.directory / "state.json")["done"]
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _open(self) -> None:
+        """Load tokenizer and rows, and bind the directory to this config, model and data, or refuse it."""
+        config, path = self.config, self.directory / "config.yaml"
+        if self.is_main and path.exists() and not config.allow_config_change:
+            changes = [f"{key}: {old!r} -> {new!r}" for key, new, old in config.diff(SelfPlayConfig.from_file(path))]
+            if changes:
+                raise ValueError(
+                    f"output_dir {self.directory} belongs to a run with another config ({'; '.join(changes)}); "
+                    "undo the change, choose another output_dir, or set allow_config_change: true"
+                )
+        record_path = self.directory / "run.json"
+        known = storage.read_json(record_path) if record_path.exists() else None
+        fingerprint, self.revision = storage.fingerprint(config.model_name_or_path, config.model_revision, known)
+        self.tokenizer = load_tokenizer(
+            config.tokenizer_name_or_path or config.model_name_or_path,
+            revision=None if config.tokenizer_name_or_path else self.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+        self.pad_token_id = cast(int, self.tokenizer.pad_token_id)
+        with PartialState().main_process_first():
+            self.examples, _ = load_examples(config, self.tokenizer)
+            self.held_out = load_examples(config, self.tokenizer, split="eval")[0] if config.eval_dataset else []
+        if self.is_main:
+            storage.remove_partial(self.directory)
+            record = {
+                "command": sys.argv,
+                "processes": self.world,
+                "device": str(PartialState().device),
+                "platform": platform.platform(),
+                "versions": {"python": platform.python_version(), **storage.package_versions(_PACKAGES)},
+                "model": fingerprint,
+                "data": {"rows": len(self.examples), "sha256": _examples_hash(self.examples)},
+                "eval_data": {"rows": len(self.held_out), "sha256": _examples_hash(self.held_out)},
+            }
+            storage.bind(record_path, record, allow_change=config.allow_config_change)
+            if not (self.directory / "state.json").exists():
+                storage.write_json(self.directory / "state.json", {"done": {}})
+            draft = self.directory / ".config.yaml.tmp"
+            config.save(draft)
+            storage.write_atomic(path, draft.read_bytes())
+        wait_for_everyone()
+        self.done: dict[str, Any] = storage.read_json(self.directory / "state.json")["done"]
+
+    def _training_args(self, t: int) -> TSPINConfig:
+        seed = derived_seed(self.config.seed, f"{self._at(t).name}/train")
+        fixed = {"output_dir": str(self._at(t) / "checkpoints"), "seed": seed, "data_seed": seed}
+        # Rotation waits for the seal (see _Sealing), a checkpoint without optimizer state cannot be resumed, and one
+        # process may wait for hours while another finishes its shards.
+        fixed |= {"save_total_limit": None, "save_only_model": False, "ddp_timeout": 7 * 24 * 3600}
+        return TSPINConfig(**self.config.training_at(t) | fixed)
+
+    def _load(self, t: int) -> PreTrainedModel:
+        """The weights of pi_t, on this process's device."""
+        path = self._at(t - 1) / "model"
+        if t > 0 and not path.exists():
+            raise ValueError(
+                f"{path} is missing; restore it, or delete {self._at(t - 1)} and all later iterations, "
+                "and the same command makes them again"
+            )
+        model = load_model(
+            self.config.model_name_or_path if t == 0 else str(path),
+            revision=self.revision if t == 0 else None,
+            dtype=self.config.torch_dtype,
+            attn_implementation=self.config.attn_implementation,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+        return cast(PreTrainedModel, model.to(PartialState().device))  # type: ignore
+
+    def _generate(self, name: str, t: int, directory: Path, rows: int | None = None) -> Path:
+        """Sample responses of pi_t with the seed of `name` into `directory`."""
+        generate_responses(
+            self._load(t),
+            self.tokenizer,
+            self.examples[:rows],
+            directory,
+            seed=derived_seed(self.config.seed, f"{name}/synthetic"),
+            temperature=self.config.temperature,
+            top_p=self.config.top_p,
+            top_k=self.config.top_k,
+            max_new_tokens=self.config.max_new_tokens,
+            batch_size=self.config.generation_batch_size,
+            desc=f"{directory.parent.name}/{directory.name}",
+            **self._sharding(t),
+        )
+        return directory
+
+    def _sharding(self, t: int) -> dict[str, Any]:
+        model_id = "pi_0" if t == 0 else self.done[f"{self._at(t - 1).name}/model"]["sha256"]
+        processes = {"process_index": self.rank, "num_processes": self.world}
+        return {
+            "shard_size": self.config.shard_size,
+            "autocast_dtype": self.autocast,
+            "model_id": model_id,
+            **processes,
+        }
+
+    def _build_triplets(self, t: int, args: TSPINConfig) -> Path:
+        path, references = self._at(t) / "triplets.parquet", self._at(t) / "references"
+        if self.is_main or args.needs_references:
+            table = self._triplets(t, args)
+            if not table.num_rows:
+                raise ValueError(
+                    f"no triplet of iteration {t} is left: all end beyond max_length {args.max_length}; raise it, "
+                    "lower max_new_tokens, or set overlong: cut"
+                )
+            if args.needs_references:
+                model = self._load(t)
+                collator = TripletCollator(self.pad_token_id, args.members_at(t))
+                options = {"batch_size": args.per_device_train_batch_size, **self._sharding(t)}
+                write_references(model, table, references, collator, **options, **scoring_options(args, model))
+                wait_for_everyone()
+            if self.is_main:
+                storage.write_parquet(path, read_references(references, table) if args.needs_references else table)
+                shutil.rmtree(references, ignore_errors=True)
+        wait_for_everyone()
+        return path
+
+    def _triplets(self, t: int, args: TSPINConfig) -> pa.Table:
+        if args.method == "sft":
+            columns = ("row", "prompt", "chosen", "prompt_ids", "chosen_ids")
+            rows = [(e.row, e.prompt, e.response, e.prompt_ids, e.response_ids) for e in self.examples]
+            return pa.Table.from_pylist([dict(zip(columns, row)) for row in rows])
+        proto = read_generations(self.directory / "proto") if "proto" in args.members_at(t) else None
+        limits = {"max_length": args.max_length, "overlong": self.config.overlong}
+        sources = [self._at(t) / "synthetic"]
+        if args.spin_mix_previous and t > 0:
+            sources.insert(0, self._at(t - 1) / "synthetic")
+        return pa.concat_tables([build_triplets(self.examples, read_generations(s), proto, **limits) for s in sources])
+
+    def _train(self, t: int, args: TSPINConfig, checkpoints: storage.Checkpoints) -> Path:
+        """Train pi_{t+1} from pi_t up to a final checkpoint; optimizer and schedule start afresh."""
+        metrics = self._at(t) / "metrics.jsonl"
+        adapter = [self.config.use_peft, self.config.lora_r, self.config.lora_alpha, self.config.lora_target_modules]
+        settings = [self.config.training_at(t), self.config.torch_dtype, adapter, args.seed]
+        triplets = self.done[f"{self._at(t).name}/triplets"]["sha256"]
+        checkpoints.origin = {"processes": self.world, "settings": settings, "triplets": triplets}
+        if self.is_main:
+            checkpoints.remove_unusable()
+        wait_for_everyone()
+        if checkpoints.final() is None:
+            last = checkpoints.last()
+            table = pq.read_table(self._at(t) / "triplets.parquet")
+            set_seed(args.seed)
+            trainer = TSPINTrainer(
+                self._load(t),
+                args,
+                train_dataset=Dataset(table),
+                processing_class=self.tokenizer,
+                peft_config=self._peft_config(),
+                callbacks=[_Sealing(checkpoints, metrics, self.config.training_at(t).get("save_total_limit"))],
+                iteration=t,
+            )
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        wait_for_everyone()
+        if self.is_main:
+            log = storage.read_json(cast(Path, checkpoints.final()) / "trainer_state.json")["log_history"]
+            storage.write_atomic(metrics, storage.json_lines(log))
+        return metrics
+
+    def _peft_config(self) -> Any:
+        if not self.config.use_peft:
+            return None
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise ValueError("use_peft: want the package peft, which is missing; pip install 'tspin[peft]'") from error
+        config, targets = self.config, self.config.lora_target_modules
+        return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
+
+    def _export(self, t: int, checkpoints: storage.Checkpoints) -> Path:
+        """The final checkpoint as a plain model: weights (an adapter is merged into pi_t), configs and tokenizer."""
+        directory, final = self._at(t) / "model", cast(Path, checkpoints.final())
+        if self.is_main:
+            with storage.staged_directory(directory) as staged:
+                if self.config.use_peft:
+                    from peft import PeftModel
+
+                    PeftModel.from_pretrained(self._load(t), str(final)).merge_and_unload().save_pretrained(staged)
+                    self.tokenizer.save_pretrained(staged)
+                else:
+                    ignore = shutil.ignore_patterns(*_NOT_OF_THE_MODEL)
+                    shutil.copytree(final, staged, ignore=ignore, dirs_exist_ok=True)
+        wait_for_everyone()
+        return directory
+
+    def _evaluate(self, t: int, path: Path, samples: Path | None = None) -> Path:
+        """Write what pi_t scores on the held-out rows and on its own samples for the first training rows."""
+        model, result, seed = self._load(t), {"iteration": t - 1}, derived_seed(self.config.seed, "eval")
+        answers, sampled = path.with_suffix(""), self.config.eval_sampled
+        if self.held_out:
+            decoding = {"max_new_tokens": self.config.max_new_tokens, "batch_size": self.config.generation_batch_size}
+            options = {"seed": seed, "sampled": sampled, **decoding, **self._sharding(t)}
+            generate_answers(model, self.tokenizer, self.held_out, answers, **options)
+        wait_for_everyone()
+        if self.is_main:
+            args = self._training_args(0)
+            scoring = {"autocast_dtype": self.autocast, **scoring_options(args, model)}
+            size, pattern = args.per_device_eval_batch_size, self.config.answer_pattern
+            if self.held_out:
+                options = {"directory": answers, "sampled": sampled, "answer_pattern": pattern}
+                result |= evaluate(model, self.tokenizer, self.held_out, scoring_batch_size=size, **options, **scoring)
+            if samples is not None:
+                options = {"pad_token_id": self.pad_token_id, "batch_size": size}
+                examples, drawn = self.examples[:FRESH_ROWS], read_generations(samples)
+                result |= fresh_pairs(model, examples, drawn, **options, **scoring)
+            storage.write_json(path, result)
+        wait_for_everyone()
+        return path
+
+
+def _autocast(args: TSPINConfig) -> torch.dtype | None:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def _examples_hash(examples: list[Example]) -> str:
+    return storage.hash_json([[e.row, e.prompt_ids, e.response_ids, e.response] for e in examples])

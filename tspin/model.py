@@ -1,0 +1,393 @@
+"""Language models as the trainer sees them: safe loading, the output head, and one forward pass from tokens to a loss.
+
+Works for every transformers causal LM whose logits are `transform(hidden weight^T + bias)` of its trunk's hidden
+states, wrapped by peft or not; `probe_head` compares with real logits once and refuses the others. Deliberately holds
+no patch for any architecture, and scores inside the model's own forward so that the hooks of DDP and FSDP fire.
+
+N response tokens, R rows of tokens of length T, B groups (prompts), G members of a group, V vocabulary, D hidden width.
+"""
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+from tspin_kernels import SequenceStats, linear_logprobs, linear_sequence_loss, sequence_loss
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "float32",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The causal LM of a local directory or a hub name, from safetensors only.
+
+    Args:
+        name_or_path: directory, or hub name.
+        revision: commit, tag or branch of a hub model.
+        dtype: of the weights. Keep "float32" for training: a step of 5e-7 vanishes in bfloat16.
+        attn_implementation: transformers' name of the attention; None for its default.
+        trust_remote_code: run code that comes with the checkpoint.
+    Raises:
+        ValueError: the checkpoint is pickled, damaged, or lacks weights of the model.
+    """
+    # Without it transformers asks a hub service to convert a pickled checkpoint and waits for the answer.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    if os.path.isdir(name_or_path):
+        files = sorted(os.listdir(name_or_path))
+        pickled = [name for name in files if name.endswith((".bin", ".pt", ".pth")) and "model" in name]
+        if pickled and not any(name.endswith(".safetensors") for name in files):
+            raise ValueError(
+                f"model_name_or_path: want safetensors, got the pickled {os.path.join(name_or_path, pickled[0])}, "
+                "which can run code when it is loaded; convert to safetensors with save_pretrained where you trust it"
+            )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            revision=revision or "main",
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise ValueError(
+            f"model_name_or_path: cannot load {name_or_path!r}: {error}; want a directory or hub name of a causal LM "
+            "with config.json and intact safetensors weights"
+        ) from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise ValueError(
+            f"model_name_or_path: {name_or_path!r} lacks the weights {sorted(info['missing_keys'])[:5]}, which would "
+            "start at random; want a complete checkpoint of a causal LM"
+        )
+    return model
+
+
+def load_tokenizer(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local directory or hub name; where it has no padding token, the end token serves as one.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no end-of-sequence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise ValueError(f"tokenizer_name_or_path: cannot load a tokenizer from {name_or_path!r}: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer_name_or_path: want a tokenizer with an end token, {name_or_path!r} has none; set eos_token in "
+            "its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        logger.info("the tokenizer has no padding token; its end token %r serves as one", tokenizer.eos_token)
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: `z = hidden weight^T + bias`, times `logit_scale`, then the soft cap.
+
+    weight: [V, D], differentiable; with a LoRA adapter on the head, the base weight plus the adapter's update.
+    bias: [V] or None. softcap: `softcap * tanh(z / softcap)`, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+
+def _causal_lm(model: nn.Module) -> PreTrainedModel:
+    # A peft wrapper carries the adapted model inside; everything else is the model itself.
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore
+
+
+def _head_module(model: nn.Module) -> nn.Module:
+    core = _causal_lm(model)
+    head = core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
+    if head is None or core.base_model is core:
+        raise ValueError(
+            f"model: want a transformers causal LM with a trunk (base_model) and an output head, got "
+            f"{type(core).__name__}; use fused='off' for models that only give logits"
+        )
+    return head
+
+
+def _head_weight(head: Any) -> Tensor:
+    """[V, D] weight of the head; a LoRA update is added as a differentiable tensor."""
+    if not hasattr(head, "base_layer"):
+        return head.weight
+    from peft.tuners.lora import Linear
+
+    if type(head) is not Linear or head.lora_variant or any(head.lora_bias.values()):
+        raise ValueError(
+            f"peft_config: want plain LoRA on the output head, got {type(head).__name__} with variants "
+            f"{sorted(getattr(head, 'lora_variant', {}))}; leave the head out of target_modules, or use fused='off'"
+        )
+    weight: Any = head.base_layer.weight
+    if not head.merged and not head.disable_adapters:
+        for adapter in head.active_adapters:
+            if adapter in head.lora_A:
+                weight = weight + head.get_delta_weight(adapter).to(weight.dtype)
+    return weight
+
+
+def head_of(model: nn.Module) -> Head:
+    """The output head of a causal LM and its logit transform, read from the module and the config.
+
+    Raises:
+        ValueError: the model has no head or trunk, or its head carries an adapter other than plain LoRA.
+    """
+    module = _head_module(model)
+    config = _causal_lm(model).config.get_text_config()
+    number = lambda key: value if isinstance(value := getattr(config, key, None), int | float) and value else None
+    scale = (number("logit_scale") or 1.0) * (number("lm_head_multiplier") or 1.0) / (number("logits_scaling") or 1.0)
+    softcap = number("final_logit_softcapping") or number("logits_soft_cap")
+    bias = getattr(getattr(module, "base_layer", module), "bias", None)
+    return Head(_head_weight(module), bias, scale, softcap)
+
+
+@torch.no_grad()
+def probe_head(model: nn.Module) -> None:
+    """Compare the head's log-probs and entropies with the model's real logits on a few tokens.
+
+    The head's input is scaled so that logits spread over tens of nats: a soft cap or a scale that the config keys
+    did not reveal shows even on a freshly initialised model.
+
+    Raises:
+        ValueError: they differ, so the model cannot be scored through its head.
+    """
+    head, core = head_of(model), _causal_lm(model)
+    V = head.weight.shape[0]
+    input_ids = (torch.arange(1, 9, device=head.weight.device) * 7 % V)[None]
+    mask = torch.ones_like(input_ids)
+    was_training = model.training
+    model.eval()
+    try:
+        hidden = core.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state[0]
+        amplify = 20.0 / (hidden @ head.weight.T).float().std().clamp(min=1e-6).item()
+        amplified = []
+
+        def scale_input(module: nn.Module, args: tuple) -> tuple:
+            amplified.append(module)
+            return (args[0] * amplify, *args[1:])
+
+        hook = _head_module(model).register_forward_pre_hook(scale_input)
+        try:
+            logits = core(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[0]
+        finally:
+            hook.remove()
+    finally:
+        model.train(was_training)
+    targets = torch.arange(0, V, max(1, V // 16), device=hidden.device)
+    want = logits.float().log_softmax(-1)
+    got = linear_logprobs(
+        (hidden * amplify if amplified else hidden)[:, None].expand(-1, len(targets), -1),
+        head.weight,
+        targets.expand(len(hidden), -1),
+        head.bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        entropy="value",
+    )
+    entropy = -(want.exp() * want).sum(-1, keepdim=True)
+    gap = max((got.logprobs - want[:, targets]).abs().max(), (got.entropy - entropy).abs().max()).item()
+    tolerance = 64 * torch.finfo(hidden.dtype).eps * max(1.0, logits.abs().max().item())
+    if not gap <= tolerance:
+        raise ValueError(
+            f"model: {type(core).__name__} cannot be scored through its output head: log-probs differ from its own "
+            f"logits by {gap:.2g} nats (tolerance {tolerance:.2g}), so it transforms hidden states or logits in a way "
+            "its config does not say; use fused='off', which takes the model's logits at the cost of their memory"
+        )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0: a log-prob under dropout is not the policy's log-prob.
+
+    Covers dropout modules (adapters' too), probabilities kept as attributes, and those read from the config.
+    """
+    changed = set()
+    holders = [*model.modules(), *{id(c): c for m in model.modules() if (c := vars(m).get("config"))}.values()]
+    for holder in holders:
+        for name, value in list(vars(holder).items()):
+            is_probability = "drop" in name or (name == "p" and isinstance(holder, nn.modules.dropout._DropoutNd))
+            if is_probability and isinstance(value, float) and value > 0:
+                setattr(holder, name, 0.0)
+                changed.add(f"{type(holder).__name__}.{name}")
+    if changed:
+        logger.info("dropout set to 0 in %s: log-probs must be those of the policy", ", ".join(sorted(changed)))
+
+
+def add_adapter(model: nn.Module, peft_config: Any, *, seed: int) -> nn.Module:
+    """The model wrapped by peft, its adapter's weights drawn from `seed`."""
+    try:
+        from peft import get_peft_model
+    except ImportError as error:
+        raise ImportError("peft_config: needs peft; pip install 'tspin[peft]'") from error
+    set_seed(seed)
+    return get_peft_model(model, peft_config)  # type: ignore
+
+
+def warn_of_rounded_steps(model: nn.Module, args: TrainingArguments) -> None:
+    """Log a warning where trainable weights are of 16 bits and the optimizer does not make up for their rounding."""
+    low = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    compensated = args.optim == "stable_adamw" or any(w in (args.optim_args or "") for w in ("kahan", "stochastic"))
+    if low and not compensated:
+        logger.warning(
+            "trainable weights are %s, which lose steps of learning_rate %g; load them as float32 (with bf16=True for "
+            "speed), or use optim='stable_adamw', which compensates",
+            low.pop(),
+            args.learning_rate,
+        )
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What `model(input_ids=..., attention_mask=..., score=request)` computes from the hidden states.
+
+    rows: [N] int64 indices into the flattened [R * T] hidden states; targets, sequence_ids: [N] int64.
+    loss_fn, group_size, group_inputs, num_groups, normalizer, entropy, memory_budget: as `linear_sequence_loss`.
+    fused: through the head without [N, V] logits; False takes the model's own logits.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    sequence_ids: Tensor
+    loss_fn: Callable[..., Tensor]
+    group_size: int
+    group_inputs: tuple[Tensor, ...] = ()
+    num_groups: int | None = None
+    normalizer: float | Tensor | None = None
+    entropy: Any = "value"
+    memory_budget: int | None = None
+    fused: bool = True
+
+
+def _score(model: nn.Module, plain_forward: Callable, score: ScoreRequest, **inputs) -> tuple[Tensor, SequenceStats]:
+    groups = {name: getattr(score, name) for name in ("group_size", "group_inputs", "num_groups", "normalizer")}
+    if score.fused:
+        hidden = _causal_lm(model).base_model(**inputs, use_cache=False).last_hidden_state
+        head = head_of(model)
+        return linear_sequence_loss(
+            *(hidden.flatten(0, 1), head.weight, score.targets, score.sequence_ids, score.loss_fn, head.bias),  # type: ignore
+            rows=score.rows,
+            entropy=score.entropy,
+            memory_budget=score.memory_budget,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            **groups,
+        )
+    logits = plain_forward(model, **inputs, use_cache=False).logits.flatten(0, 1)[score.rows]
+    every = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    logprobs = every.gather(-1, score.targets[:, None])[:, 0]
+    with torch.set_grad_enabled(torch.is_grad_enabled() and score.entropy == "grad"):
+        entropy = -(every.exp() * every).sum(-1) if score.entropy else None
+    return sequence_loss(logprobs, entropy, score.sequence_ids, score.loss_fn, **groups)
+
+
+def install_scoring(model: nn.Module) -> None:
+    """Give the model's own forward the keyword `score`: with a ScoreRequest it returns (loss, SequenceStats).
+
+    Without it, forward is unchanged, but dropout is off for good. Calling it twice changes nothing.
+
+    Raises:
+        ValueError: a peft method that prepends virtual tokens, which shift every position.
+    """
+    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+        raise ValueError(
+            "peft_config: want an adapter inside the layers (LoRA and its kin), got prompt learning, whose virtual "
+            "tokens shift every position; use LoraConfig"
+        )
+    if "_scores_sequences" in vars(model):
+        return
+    disable_dropout(model)
+    plain_forward = type(model).forward
+
+    def forward(self, *args, score: ScoreRequest | None = None, **inputs):
+        if score is None:
+            return plain_forward(self, *args, **inputs)
+        return _score(self, plain_forward, score, **inputs)
+
+    # generate() reads the signature to learn which inputs the model takes.
+    forward.__signature__ = inspect.signature(plain_forward)  # type: ignore
+    model.forward = MethodType(forward, model)
+    model._scores_sequences = True  # type: ignore
+
+
+def score_batch(model: nn.Module, batch: dict[str, Tensor], loss_fn: Callable[..., Tensor], **request):
+    """(loss, SequenceStats [B, G]) of a `TripletCollator` batch; `request` are further fields of ScoreRequest."""
+    groups, members = batch["lengths"].shape
+    score = ScoreRequest(
+        batch["rows"], batch["targets"], batch["sequence_ids"], loss_fn, members, num_groups=groups, **request
+    )
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], score=score)
+
+
+@torch.no_grad()
+def score_references(
+    model: nn.Module,
+    dataset: Sequence[dict[str, Any]],
+    collator: Callable[[list[dict]], dict[str, Tensor]],
+    *,
+    batch_size: int = 8,
+    memory_budget: int | None = None,
+    fused: bool = True,
+    desc: str = "reference log-probs",
+) -> dict[str, list[float]]:
+    """Summed log-probs (nats) of every member of every row under the model, without gradient, in the dataset's order.
+
+    Args:
+        model: a causal LM; dropout is inactive while scoring.
+        dataset: rows with the token id columns of `tspin.data.build_triplets`.
+        collator: a `TripletCollator`; its `members` name the columns that come back.
+        batch_size: rows per forward pass.
+        memory_budget: bytes for the head, as in `linear_sequence_loss`.
+        fused: False takes the model's own logits, for models that `probe_head` refuses.
+        desc: label of the progress bar.
+    Returns:
+        {"ref_<member>_logps": [len(dataset)]}, ready to be added as columns.
+    """
+    install_scoring(model)
+    device = next(model.parameters()).device
+    columns: dict[str, list[float]] = {f"ref_{member}_logps": [] for member in collator.members}  # type: ignore
+    was_training = model.training
+    model.eval()
+    try:
+        for start in tqdm(range(0, len(dataset), batch_size), desc=desc, disable=None):
+            features = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+            batch = {name: tensor.to(device) for name, tensor in collator(features).items()}
+            _, sequences = score_batch(
+                model, batch, lambda s: s.logprobs[:, 0], entropy=False, memory_budget=memory_budget, fused=fused
+            )
+            for column, values in zip(columns.values(), sequences.logprobs.T.tolist(), strict=True):
+                column.extend(values)
+    finally:
+        model.train(was_training)
+    return columns

@@ -1,0 +1,399 @@
+"""T-SPIN, SPIN and SFT as a transformers Trainer: one pass over real, synthetic and proto responses per batch.
+
+The loss maths lives in tspin_kernels and the forward pass in tspin.model; this file turns a method's name into a loss
+function, counts triplets over micro-batches and ranks so that accumulating gradients changes nothing, and logs. It
+deliberately neither samples nor iterates: that is tspin.loop.
+
+B triplets of a batch, G members of a triplet (chosen = real, rejected = synthetic, proto). Log-probs are in nats.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
+
+from tspin.data import MEMBERS, TripletCollator, tokenize_triplets
+from tspin.model import add_adapter, install_scoring, load_model, probe_head, score_batch, warn_of_rounded_steps
+from tspin_kernels import SequenceStats, sft_loss, spin_loss, tspin_loss, tspin_ref_loss
+
+logger = logging.getLogger(__name__)
+Batch = dict[str, Tensor]
+
+
+class NonFiniteLossError(ValueError):
+    """The loss became nan or inf; the weights and the last checkpoint are those before that step."""
+
+
+@dataclass
+class TSPINConfig(TrainingArguments):
+    """TrainingArguments with the keys of self-play fine-tuning.
+
+    The paper states the method's coefficients, RMSProp, no weight decay and 10 % warm-up; learning rate, linear decay
+    and epochs are SPIN's; the rest are transformers' own defaults.
+
+    Args:
+        method: "tspin"; "tspin_no_history" (beta = 0 in every iteration); "tspin_ref" and "spin", which need the
+            previous policy's log-probs as columns ref_<member>_logps; "sft".
+        alpha: scale of T-SPIN's margins, 1/nats.
+        beta: weight of the historical advantage from iteration 1 on.
+        beta_first_iteration: the same at iteration 0, where synthetic and proto come from one policy.
+        lam: scale of SPIN's margin, 1/nats.
+        spin_mix_previous: train on the synthetic data of the last two iterations, as SPIN's code does; for the loop.
+        loss_type: "logistic" or "exponential".
+        logp_reduction: log-prob of a response as the "sum" or the "mean" over its tokens.
+        entropy_coef: weight of the mean entropy per token, subtracted from the loss and differentiated.
+        sft_coef: weight of the real response's mean negative log-likelihood per token, added to the loss.
+        drop_identical: leave out triplets whose synthetic response equals the real one.
+        max_length: most tokens of prompt and response, for rows that this trainer tokenises itself.
+        fused: "on" scores through the output head without [N, V] logits and refuses models where that is inexact;
+            "off" takes the model's logits; "auto" is "on" where it is exact, otherwise "off" with a warning.
+        memory_budget: bytes that the head may use for blocks of logits; None lets the op choose.
+    """
+
+    method: Literal["tspin", "tspin_no_history", "tspin_ref", "spin", "sft"] = "tspin"
+    alpha: float = 1.0
+    beta: float = 0.1
+    beta_first_iteration: float = 0.0
+    lam: float = 0.1
+    spin_mix_previous: bool = False
+    loss_type: Literal["logistic", "exponential"] = "logistic"
+    logp_reduction: Literal["sum", "mean"] = "sum"
+    entropy_coef: float = 0.0
+    sft_coef: float = 0.0
+    drop_identical: bool = False
+    max_length: int = 2048
+    fused: Literal["auto", "on", "off"] = "auto"
+    memory_budget: int | None = None
+
+    learning_rate: float = 5e-7
+    num_train_epochs: float = 3.0
+    optim: str = "rmsprop"
+    warmup_steps: float = 0.1
+    bf16: bool | None = None
+    logging_steps: float = 1
+    logging_nan_inf_filter: bool = False
+    report_to: str | list[str] | None = "none"
+    remove_unused_columns: bool = False
+
+    def __post_init__(self):
+        # YAML 1.1 reads on and off as booleans.
+        if isinstance(self.fused, bool):
+            self.fused = "on" if self.fused else "off"
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        hints = get_type_hints(TSPINConfig)
+        for name in ("method", "loss_type", "logp_reduction", "fused"):
+            if getattr(self, name) not in get_args(hints[name]):
+                raise ValueError(f"{name}: want one of {get_args(hints[name])}, got {getattr(self, name)!r}")
+        for name in ("alpha", "lam", "max_length", "beta", "beta_first_iteration", "sft_coef"):
+            value, may_be_zero = getattr(self, name), name.startswith(("beta", "sft"))
+            if not (value > 0 or (may_be_zero and value == 0)):
+                raise ValueError(f"{name}: want a {'non-negative' if may_be_zero else 'positive'} number, got {value}")
+        super().__post_init__()
+
+    @property
+    def needs_references(self) -> bool:
+        """Whether the method compares with the previous policy, whose log-probs the data set must then carry."""
+        return self.method in ("spin", "tspin_ref")
+
+    def beta_at(self, iteration: int) -> float:
+        """Weight of the historical advantage in an iteration of the loop."""
+        if self.method not in ("tspin", "tspin_ref"):
+            return 0.0
+        return self.beta if iteration > 0 else self.beta_first_iteration
+
+    def members_at(self, iteration: int) -> tuple[str, ...]:
+        """Responses that an iteration scores: the proto response only where its coefficient is not 0."""
+        return MEMBERS[: 1 if self.method == "sft" else 3 if self.beta_at(iteration) else 2]
+
+
+def _reduced(args: TSPINConfig, sequences: SequenceStats, ref_logps: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Log-probs [B, G] and references [B, G] as sums or means over tokens, as the loss sees them."""
+    if args.logp_reduction == "sum":
+        return sequences.logprobs, ref_logps
+    lengths = sequences.lengths.clamp(min=1)
+    return sequences.logprobs / lengths, None if ref_logps is None else ref_logps / lengths
+
+
+def method_loss_fn(args: TSPINConfig, beta: float) -> Callable[..., Tensor]:
+    """The loss of `args.method` as `loss_fn(sequences, keep, ref_logps=None) -> [B]`, on the fused and the plain path.
+
+    keep: [B] bool; loss and gradient of the others are 0, whatever their log-probs.
+    ref_logps: [B, G] summed log-probs under the previous policy, for the methods that need them.
+    """
+    margins = {"alpha": args.alpha, "beta": beta, "loss_type": args.loss_type}
+
+    def triple(values: Tensor | None) -> Any:
+        assert values is not None, "the trainer checks that references are there"
+        return (*values.unbind(1), None)[:3]
+
+    def loss_fn(sequences: SequenceStats, keep: Tensor, ref_logps: Tensor | None = None) -> Tensor:
+        # Masked before the loss as well: an infinite slope times a masked 0 would be nan.
+        sequences = sequences._replace(logprobs=torch.where(keep[:, None], sequences.logprobs, 0.0))
+        logps, refs = _reduced(args, sequences, ref_logps)
+        if args.method == "sft":
+            loss = sft_loss(logps[:, 0])
+        elif args.method == "spin":
+            loss = spin_loss(*triple(logps)[:2], *triple(refs)[:2], lam=args.lam, loss_type=args.loss_type)
+        elif args.method == "tspin_ref":
+            loss = tspin_ref_loss(*triple(logps), *triple(refs), **margins)
+        else:
+            loss = tspin_loss(*triple(logps), **margins)
+        lengths = sequences.lengths.clamp(min=1)
+        if args.sft_coef:
+            loss = loss + args.sft_coef * sft_loss(sequences.logprobs[:, 0] / lengths[:, 0])
+        if args.entropy_coef:
+            entropy: Any = sequences.entropy
+            loss = loss - args.entropy_coef * (entropy / lengths).mean(1)
+        return torch.where(keep, loss, 0.0)
+
+    return loss_fn
+
+
+def triplet_metrics(
+    args: TSPINConfig, members: tuple[str, ...], sequences: SequenceStats, batch: Batch
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What is logged about a batch: name -> (numerators [B], denominators [B]), both to be summed and then divided.
+
+    logps are sums over tokens. Rewards are scaled log-probs, less the reference's where the method has one; u and v,
+    the margins of the rewards, are the arguments of the two losses.
+    """
+    logps, refs = _reduced(args, sequences, batch.get("ref_logps") if args.needs_references else None)
+    rewards: Tensor = (args.lam if args.method == "spin" else args.alpha) * (logps if refs is None else logps - refs)
+    entropy: Any = sequences.entropy
+    one, distinct = torch.ones_like(batch["identical"]), ~batch["identical"]
+    metrics = {"truncated": (batch["truncated"], one), "identical": (batch["identical"], one)}
+    for m, member in enumerate(members):
+        metrics[f"logps/{member}"] = (sequences.logprobs[:, m], one)
+        metrics[f"entropy/{member}"] = (entropy[:, m], sequences.lengths[:, m])
+        metrics[f"lengths/{member}"] = (sequences.lengths[:, m], one)
+        if len(members) > 1:
+            metrics[f"rewards/{member}"] = (rewards[:, m], one)
+    if len(members) > 1:
+        u = rewards[:, 0] - rewards[:, 1]
+        misaligned = (u > 0) & (logps[:, 0] < logps[:, 1])
+        metrics["rewards/margins"] = (u, one)
+        metrics["rewards/accuracies"] = ((u > 0) & distinct, distinct)
+        metrics["misaligned"] = (misaligned & distinct, distinct)
+        metrics["weights/current"] = (torch.sigmoid(-u), one)
+        metrics["saturated"] = (torch.sigmoid(-u) < 0.01, one)
+    if len(members) > 2:
+        v = rewards[:, 1] - rewards[:, 2]
+        metrics["rewards/history_margins"] = (v, one)
+        metrics["weights/history"] = (torch.sigmoid(-v), one)
+    counted = batch["counted"]
+    return {name: (torch.where(counted, a, 0), torch.where(counted, b, 0)) for name, (a, b) in metrics.items()}
+
+
+class _Meter:
+    """Numerators and denominators summed on the device; summed over ranks and divided when the means are taken."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, metrics: dict[str, tuple[Tensor, Tensor]]) -> None:
+        for name, pair in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + torch.stack([x.detach().double().sum() for x in pair])
+
+    def take(self, accelerator: Accelerator) -> dict[str, float]:
+        sums: Any = accelerator.reduce(torch.stack(list(self.sums.values())), "sum")
+        names, self.sums = list(self.sums), {}
+        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
+
+
+class TSPINTrainer(Trainer):
+    """Trainer of one iteration of self-play.
+
+    Args:
+        model: a causal LM, a peft-wrapped one, or the name or directory of one. Its dropout is switched off.
+        args: TSPINConfig.
+        train_dataset, eval_dataset: rows with the token id columns of `tspin.data.build_triplets`, or with TRL's
+            columns prompt, chosen, rejected (and proto), as text or messages.
+        processing_class: the tokenizer; needed for text rows.
+        peft_config: wraps the model in this adapter first; prompt-learning methods are refused.
+        data_collator: default TripletCollator for the members that the method scores.
+        iteration: of the loop, from 0; it chooses between beta and beta_first_iteration.
+    Raises:
+        ValueError: a model that cannot be scored exactly, missing columns, reference methods without references.
+        NonFiniteLossError: from train(), naming the step.
+    """
+
+    model: nn.Module
+    args: TSPINConfig
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        args: TSPINConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        data_collator: Callable[[list[dict]], Batch] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        *,
+        iteration: int = 0,
+    ):
+        if not isinstance(args, TSPINConfig):
+            raise ValueError(f"args: want a TSPINConfig, got {type(args).__name__}; build TSPINConfig(output_dir=...)")
+        if args.n_gpu > 1:
+            logger.warning("using the first of %d GPUs; accelerate launch starts a process for each", args.n_gpu)
+            args._n_gpu = 1
+        self.beta = args.beta_at(iteration)
+        self.members = args.members_at(iteration)
+        self._meter = _Meter()
+        self._clock: float | None = None
+        model = load_model(model) if isinstance(model, str) else model
+        if peft_config is not None:
+            model = add_adapter(model, peft_config, seed=args.seed)
+        install_scoring(model)
+        train_dataset, eval_dataset = (
+            _with_ids(dataset, args, self.members, processing_class) for dataset in (train_dataset, eval_dataset)
+        )
+        pad = getattr(processing_class, "pad_token_id", None) or 0
+        data_collator = data_collator or TripletCollator(pad_token_id=pad, members=self.members)
+        super().__init__(
+            *(model, args, data_collator, train_dataset, eval_dataset, processing_class),  # type: ignore
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if optimizers[0] is None:
+            warn_of_rounded_steps(self.model, args)
+        # The loss is already divided by the count of get_batch_samples: Trainer must not divide it again.
+        self.model_accepts_loss_kwargs = True
+        self.loss_fn = method_loss_fn(args, self.beta)
+        self.fused = args.fused != "off"
+        if self.fused:
+            try:
+                probe_head(self.model)
+            except ValueError as refusal:
+                if args.fused == "on":
+                    raise
+                logger.warning("%s; fused='auto' now takes the model's logits", refusal)
+                self.fused = False
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list[Batch], Tensor]:
+        """The micro-batches of one optimizer step, and how many triplets all ranks keep in it."""
+        self._clock = self._clock or time.perf_counter()
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            batch["counted"] = self._counted(batch, batch is batches[-1], self.train_dataset)
+        kept = sum((self._kept(batch).sum() for batch in batches), torch.zeros((), device=device))
+        total: Any = self.accelerator.reduce(kept, "sum")
+        return batches, total.clamp(min=1)
+
+    def _counted(self, batch: Batch, may_be_last: bool, dataset: Any) -> Tensor:
+        """[B] bool, False for rows that accelerate repeats to fill the last round of an epoch on every rank."""
+        B, ranks, state = len(batch["identical"]), self.accelerator.num_processes, self.accelerator.gradient_state
+        ends = may_be_last and ranks > 1 and state.end_of_dataloader and not self.args.dataloader_drop_last
+        position = self.accelerator.process_index * B + torch.arange(B, device=batch["identical"].device)
+        return position < ((ends and len(dataset) % (ranks * B)) or ranks * B)
+
+    def _kept(self, batch: Batch) -> Tensor:
+        """[B] bool: triplets that the loss sees."""
+        return batch["counted"] & ~batch["identical"] if self.args.drop_identical else batch["counted"]
+
+    def _score(self, model: nn.Module, batch: Batch, normalizer: Any, meter: _Meter) -> tuple[Tensor, SequenceStats]:
+        loss, sequences = score_batch(
+            model,
+            batch,
+            self.loss_fn,
+            group_inputs=(self._kept(batch), *([batch["ref_logps"]] if self.args.needs_references else [])),
+            normalizer=normalizer,
+            entropy="grad" if self.args.entropy_coef else "value",
+            memory_budget=self.args.memory_budget,
+            fused=self.fused,
+        )
+        meter.add(triplet_metrics(self.args, self.members, sequences, batch))
+        return loss, sequences
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """This rank's share of the step's loss: the sum over its kept triplets by the count kept on all ranks.
+
+        Ranks average their gradients, so the share is multiplied by the number of ranks.
+        """
+        assert num_items_in_batch is not None, "get_batch_samples counts the kept triplets"
+        normalizer = num_items_in_batch / self.accelerator.num_processes
+        loss, sequences = self._score(model, inputs, normalizer, self._meter)
+        self._meter.add({"tokens_per_second": (inputs["attention_mask"], torch.zeros_like(loss))})
+        return (loss, sequences) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # Summed over ranks, so that all of them stop before the weights are touched.
+        total: Any = self.accelerator.reduce(loss, "sum")
+        if not torch.isfinite(total):
+            raise NonFiniteLossError(
+                f"the loss of step {self.state.global_step + 1} is not finite ({loss.item()} here); lower alpha "
+                "or learning_rate, use loss_type='logistic' or logp_reduction='mean', or look for nan in the weights"
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means over all triplets since the last logging step to the training logs."""
+        if "loss" in logs and self._clock is not None:
+            seconds = torch.tensor(time.perf_counter() - self._clock, device=self.args.device)
+            self._clock = None
+            self._meter.add({"tokens_per_second": (0 * seconds, seconds / self.accelerator.num_processes)})
+            logs = {**logs, **self._meter.take(self.accelerator)}
+            if torch.cuda.is_available():
+                logs["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: torch.utils.data.DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss and the training metrics as means over the kept and the counted triplets of all ranks."""
+        meter = _Meter()
+        self.callback_handler.eval_dataloader = dataloader  # type: ignore
+        self.model.eval()
+        for batch in dataloader:
+            batch = self._prepare_inputs(batch)
+            batch["counted"] = self._counted(batch, True, dataloader.dataset)
+            loss, _ = self._score(self.model, batch, 1.0, meter)
+            meter.add({"loss": (loss, self._kept(batch))})
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in meter.take(self.accelerator).items()}
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))  # type: ignore
+
+
+def _with_ids(
+    dataset: Any, args: TSPINConfig, members: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None
+) -> Any:
+    """The data set with the columns that its members need, tokenised here where it holds TRL's text columns."""
+    if dataset is None or not len(dataset):
+        return dataset
+    columns = set(dataset[0])
+    if "prompt_ids" not in columns:
+        if tokenizer is None:
+            raise ValueError(
+                f"processing_class: want the tokenizer, because the data set has no token ids but {sorted(columns)}"
+            )
+        dataset = tokenize_triplets(dataset, tokenizer, max_length=args.max_length)
+    wanted = [f"{member}_ids" for member in members]
+    if args.needs_references:
+        wanted += [f"ref_{member}_logps" for member in members]
+    missing = [name for name in wanted if name not in dataset[0]]
+    if missing:
+        remedy = "add the columns of tspin.model.score_references" if "logps" in missing[0] else "add them"
+        raise ValueError(
+            f"train_dataset: method {args.method!r} wants the columns {missing}, got {sorted(columns)}; {remedy}"
+        )
+    return dataset
