@@ -156,8 +156,7 @@ def _training_args(config: SelfPlayConfig, iteration: int = 0):
 def _autocast(config: SelfPlayConfig) -> torch.dtype | None:
     import torch
 
-    args = _training_args(config)
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    return torch.bfloat16 if (args := _training_args(config)).bf16 else torch.float16 if args.fp16 else None
 
 
 def _demo(args: argparse.Namespace, words: list[str]) -> int | None:
@@ -211,11 +210,11 @@ def _train(args: argparse.Namespace, words: list[str]) -> None:
     config = _config(args, words, "output_dir", dataset=args.triplets)
     if args.iteration < 0:
         raise ValueError(f"--iteration: want 0 or more, got {args.iteration}")
-
     import pyarrow
     from datasets import Dataset
     from pyarrow import parquet
 
+    from tspin.model import lora_config
     from tspin.trainer import TSPINTrainer
 
     try:
@@ -228,7 +227,7 @@ def _train(args: argparse.Namespace, words: list[str]) -> None:
         _training_args(config, args.iteration),
         dataset,
         processing_class=tokenizer,
-        peft_config=_peft_config(config),
+        peft_config=lora_config(config),
         iteration=args.iteration,
     )
     trainer.train()
@@ -237,17 +236,6 @@ def _train(args: argparse.Namespace, words: list[str]) -> None:
         (model.merge_and_unload() if config.use_peft else model).save_pretrained(final)
         tokenizer.save_pretrained(final)
         print(f"saved {final}")
-
-
-def _peft_config(config: SelfPlayConfig) -> Any:
-    if not config.use_peft:
-        return None
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ImportError("use_peft needs peft; pip install 'tspin[peft]'") from error
-    targets = config.lora_target_modules
-    return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def _eval(args: argparse.Namespace, words: list[str]) -> None:
@@ -274,10 +262,10 @@ def _eval(args: argparse.Namespace, words: list[str]) -> None:
 
 
 def _report(args: argparse.Namespace, words: list[str]) -> None:
-    if missing := [run for run in args.runs if not Path(run).is_dir()]:
-        raise FileNotFoundError(f"RUN: want a run directory, got {missing[0]}, which is none")
     from tspin.report import write_report
 
+    if missing := [run for run in args.runs if not Path(run).is_dir()]:
+        raise FileNotFoundError(f"RUN: want a run directory, got {missing[0]}, which is none")
     for run in map(Path, args.runs):
         write_report(run)
         print(f"wrote {run / 'report'}")
@@ -287,9 +275,8 @@ def _env(args: argparse.Namespace, words: list[str]) -> None:
     import torch
 
     facts = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
-    count = torch.cuda.device_count()
-    facts["CUDA device"] = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "none"
-    facts["platform"] = platform.platform()
+    devices = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
+    facts |= {"CUDA device": ", ".join(devices) or "none", "platform": platform.platform()}
     print("\n".join(f"{name:14}{value}" for name, value in facts.items()))
 
 
@@ -367,9 +354,9 @@ def _check_data(config: SelfPlayConfig, tokenizer: Any, split: str) -> tuple[lis
 def _check_model(
     config: SelfPlayConfig, training: list[Any], tokenizer: Any, train: list[Example], held_out: list[Example]
 ) -> tuple[Any, str]:
-    from tspin.model import add_adapter, probe_head
+    from tspin.model import add_adapter, lora_config, probe_head
 
-    model, peft_config, examples = _model(config), _peft_config(config), [*train, *held_out]
+    model, peft_config, examples = _model(config), lora_config(config), [*train, *held_out]
     text = f"{type(model).__name__}, {model.num_parameters():,} parameters"
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
@@ -395,9 +382,8 @@ def _check_model(
 
 def _shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Tokens as the tokenizer names them, separated by bars, special ones in [[ ]]; the middle of a long list left out."""
-    special = set(tokenizer.all_special_ids)
     names = [
-        f"[[{name}]]" if token in special else str(name).replace("\n", "\\n")
+        f"[[{name}]]" if token in tokenizer.all_special_ids else str(name).replace("\n", "\\n")
         for token, name in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)))
     ]
     return " | ".join(names if len(names) <= 48 else [*names[:32], "...", *names[-16:]])

@@ -132,8 +132,8 @@ class SelfPlayConfig:
 
     def save(self, path: str | Path) -> None:
         """Write the flat YAML that `from_file` reads back to an equal config."""
-        options = {"sort_keys": False, "allow_unicode": True, "width": math.inf}
-        Path(path).write_text(yaml.dump(self.to_dict(), Dumper=_Dumper, **options), encoding="utf-8")
+        text = yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+        Path(path).write_text(text, encoding="utf-8")
 
     def diff(self, other: SelfPlayConfig) -> list[tuple[str, Any, Any]]:
         """The keys whose effective values differ, as (key, ours, theirs); a key left out counts as its default.
@@ -196,8 +196,8 @@ def read_values(path: str | Path | None, overrides: Mapping[str, Any] | Sequence
             raise ValueError(f"config: {path} is not valid YAML: {error}") from error
         if loaded is not None and not isinstance(loaded, dict):
             raise ValueError(f"config: want `key: value` lines in {path}, got a {type(loaded).__name__}")
-        values.update(loaded or {})
-    values.update(overrides if isinstance(overrides, Mapping) else _parse_words(overrides))
+        values = loaded or {}
+    values |= overrides if isinstance(overrides, Mapping) else _parse_words(overrides)
     if wrong := [key for key in values if not isinstance(key, str)]:
         raise ValueError(f"config: want keys that are words, got {reprlib.repr(wrong[0])}; is it indented wrongly?")
     return values
@@ -380,8 +380,7 @@ def _validate(config: SelfPlayConfig) -> None:
     least = dict.fromkeys(("iterations", "max_new_tokens", "generation_batch_size", "shard_size"), 1)
     least |= {"lora_r": 1, "lora_alpha": 1, "max_rows": 1, "eval_rows": 1, "top_k": 0, "temperature": 0, "seed": 0}
     for key, bound in least.items():
-        value = getattr(config, key)
-        _want(config, key, value is None or bound <= value < 2**32, f"{bound} or more")
+        _want(config, key, (value := getattr(config, key)) is None or bound <= value < 2**32, f"{bound} or more")
     for key in ("model_name_or_path", "dataset", "dataset_split", "eval_split", "output_dir"):
         _want(config, key, bool(getattr(config, key).strip()), "a name that is not empty")
     _want(config, "top_p", 0 < config.top_p <= 1, "more than 0 and at most 1")

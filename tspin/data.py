@@ -7,24 +7,21 @@ samples nothing and knows no loss.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import jinja2
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from tspin.rows import BadRow, exchange, read_rows
 
 if TYPE_CHECKING:
     from tspin.config import SelfPlayConfig
@@ -33,13 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MEMBERS = ("chosen", "rejected", "proto")
-_SUFFIXES = (".jsonl", ".json", ".parquet")
-_SPLIT_NAMES = "train|test|validation|valid|val|dev|eval"
-_LAYOUTS = "prompt with response, completion or chosen; messages; real; or --prompt_column and --response_column"
-
-
-class BadRow(ValueError):
-    """One row that cannot be used; the message says what was wanted, what came, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -139,124 +129,6 @@ def end_token_ids(config: SelfPlayConfig, tokenizer: Tokenizer) -> tuple[int, ..
     except (OSError, ValueError):
         beside = None
     return stop_token_ids(tokenizer, beside)
-
-
-def read_rows(name: str, config_name: str | None, split: str) -> Iterator[tuple[str, Mapping | BadRow]]:
-    """The rows of a file, of a directory's files of one split, or of a hub data set, each with the place it lies at.
-
-    A row that cannot be parsed comes as a BadRow, so that the rows after it keep their numbers.
-    """
-    path = Path(os.path.expanduser(name))
-    if path.is_dir():
-        files = _split_files(path / config_name if config_name and (path / config_name).is_dir() else path, split)
-    elif path.exists() or path.suffix in _SUFFIXES or name.startswith(("/", ".", "~")):
-        files = [path]
-    else:
-        yield from _hub_rows(name, config_name, split)
-        return
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"dataset: want a file, directory or hub name, got {file}, which does not exist")
-        if file.suffix not in _SUFFIXES:
-            raise ValueError(f"dataset: want a file that ends in {', '.join(_SUFFIXES)}, got {file}; convert it")
-        yield from (_parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file))
-
-
-def _split_files(directory: Path, split: str) -> list[Path]:
-    """The files named after the split (train.jsonl, train-00000-of-00002.parquet); all, where none names a split."""
-    files = sorted(file for file in directory.iterdir() if file.suffix in _SUFFIXES and file.is_file())
-    named = {file: re.match(rf"({re.escape(split)}|{_SPLIT_NAMES})(?=[-_.]|$)", file.stem) for file in files}
-    chosen = [file for file, match in named.items() if match and match[1] == split] if any(named.values()) else files
-    if not chosen:
-        there = ", ".join(file.name for file in files) or "no data file"
-        want = f"{split}*{', '.join(_SUFFIXES)} (dataset_split or eval_split; max_rows takes the first rows)"
-        raise ValueError(f"dataset: want {want} in {directory}, got {there}; name a file or another split")
-    return chosen
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, Mapping | BadRow]]:
-    with file.open("rb") as lines:
-        start = lines.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-        lines.seek(0)
-        if start == b"[" and file.suffix == ".json":
-            try:
-                rows = json.loads(lines.read().decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"dataset: {file} is not valid JSON: {error}; is it cut short?") from None
-            yield from ((f"{file}, row {number}", record) for number, record in enumerate(rows, 1))
-            return
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line.decode("utf-8-sig"))
-                except (ValueError, RecursionError) as error:
-                    record = BadRow(f"want one JSON object a line, got broken JSON ({error}); repair the line")
-                yield f"{file}, line {number}", record
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Mapping]]:
-    number = 0
-    try:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{file}, row {number}", record
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"dataset: {file} is not a whole parquet file: {error}; is it cut short?") from None
-
-
-def _hub_rows(name: str, config_name: str | None, split: str) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = datasets.load_dataset(name, config_name, split=split)
-    except Exception as error:
-        wanted = f"an existing path or a data set on the hub with config {config_name!r} and split {split!r}"
-        raise ValueError(f"dataset: want {wanted}, got {name!r}: {error}") from error
-    yield from ((f"{name}, row {number}", record) for number, record in enumerate(rows, 1))
-
-
-def exchange(
-    record: Any, prompt_column: str | None = None, response_column: str | None = None
-) -> tuple[list[dict], dict]:
-    """The turns before the annotated response, and that response as a turn, of one row in any known layout."""
-    if isinstance(record, BadRow):
-        raise record
-    if not isinstance(record, Mapping):
-        raise BadRow(f"want a JSON object, got {type(record).__name__}; write one object with named columns")
-    present = {key for key, value in record.items() if value is not None}
-    if response_column is not None:
-        pair = (prompt_column, response_column)
-    elif whole := next((key for key in ("real", "messages") if key in present), None):
-        pair = (None, whole)
-    else:
-        answer = next((key for key in ("response", "completion", "chosen") if key in present), "response")
-        pair = ("prompt" if "prompt" in present or answer != "chosen" else None, answer)
-    missing = [column for column in pair if column is not None and column not in present]
-    if missing:
-        raise BadRow(f"column {missing[0]!r} is missing; got columns {sorted(map(str, record))}; want {_LAYOUTS}")
-    turns = [] if pair[0] is None else _turns(record[pair[0]], "user", pair[0])
-    replies = _turns(record[pair[1]], "assistant", pair[1])
-    last = max((i for i, turn in enumerate(replies) if turn["role"] == "assistant"), default=-1)
-    if last < 0:
-        raise BadRow(f"column {pair[1]!r}: want an assistant turn, got none; annotate the row")
-    turns = replies[:last] if any(turn["role"] == "user" for turn in replies[:last]) else turns + replies[:last]
-    if not turns:
-        raise BadRow(f"column {pair[1]!r}: want a user turn before the response, got none; name a --prompt_column")
-    return turns, replies[last]
-
-
-def _turns(value: Any, role: str, column: str) -> list[dict]:
-    """A text as one turn of `role`, or a list of messages as it is, without empty optional fields."""
-    turns = [{"role": role, "content": value}] if isinstance(value, str) else value
-    if not isinstance(turns, list):
-        raise BadRow(f"column {column!r}: want text or a list of messages, got {type(value).__name__}; convert it")
-    for turn in turns:
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
-            raise BadRow(f"column {column!r}: want messages with role and content, got {str(turn)[:80]!r}; convert it")
-        if not isinstance(turn.get("content"), str) or not turn["content"].strip():
-            raise BadRow(f"column {column!r}: want text in the {turn['role']} turn, got none or only spaces; fill it")
-        if any("\ud800" <= character <= "\udfff" for character in turn["content"]):
-            raise BadRow(f"column {column!r}: want valid Unicode, got a lone surrogate; repair the text")
-    return [{key: entry for key, entry in turn.items() if entry is not None} for turn in turns]
 
 
 class Encoder:

@@ -25,14 +25,14 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
 
 from tspin import storage
 from tspin.config import SelfPlayConfig
 from tspin.data import Example, TripletCollator, build_triplets, load_examples
 from tspin.evaluate import evaluate, fresh_pairs, generate_answers, read_references, scoring_options, write_references
 from tspin.generate import derived_seed, generate_responses, read_generations
-from tspin.model import load_model, load_tokenizer
+from tspin.model import load_model, load_tokenizer, lora_config
 from tspin.report import iteration_table, write_report
 from tspin.trainer import TSPINConfig, TSPINTrainer
 
@@ -93,6 +93,14 @@ class _Sealing(TrainerCallback):
             self.checkpoints.seal(state.global_step, state.max_steps)
             self.checkpoints.rotate(self.limit)
         wait_for_everyone()
+
+
+class _Progress(ProgressCallback):
+    """Trainer's progress bar with the loss beside it, in place of every metric on a line of its own."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}")
 
 
 class SelfPlay:
@@ -330,26 +338,18 @@ class SelfPlay:
                 args,
                 train_dataset=Dataset(table),
                 processing_class=self.tokenizer,
-                peft_config=self._peft_config(),
+                peft_config=lora_config(self.config),
                 callbacks=[_Sealing(checkpoints, metrics, self.config.training_at(t).get("save_total_limit"))],
                 iteration=t,
             )
+            trainer.remove_callback(ProgressCallback)
+            trainer.add_callback(_Progress)
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         wait_for_everyone()
         if self.is_main:
             log = storage.read_json(cast(Path, checkpoints.final()) / "trainer_state.json")["log_history"]
             storage.write_atomic(metrics, storage.json_lines(log))
         return metrics
-
-    def _peft_config(self) -> Any:
-        if not self.config.use_peft:
-            return None
-        try:
-            from peft import LoraConfig
-        except ImportError as error:
-            raise ValueError("use_peft: want the package peft, which is missing; pip install 'tspin[peft]'") from error
-        config, targets = self.config, self.config.lora_target_modules
-        return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
 
     def _export(self, t: int, checkpoints: storage.Checkpoints) -> Path:
         """The final checkpoint as a plain model: weights (an adapter is merged into pi_t), configs and tokenizer."""

@@ -7,13 +7,15 @@ no patch for any architecture, and scores inside the model's own forward so that
 N response tokens, R rows of tokens of length T, B groups (prompts), G members of a group, V vocabulary, D hidden width.
 """
 
+from __future__ import annotations
+
 import inspect
 import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,9 @@ from transformers import (
 )
 
 from tspin_kernels import SequenceStats, linear_logprobs, linear_sequence_loss, sequence_loss
+
+if TYPE_CHECKING:
+    from tspin.config import SelfPlayConfig
 
 logger = logging.getLogger(__name__)
 
@@ -243,6 +248,18 @@ def disable_dropout(model: nn.Module) -> None:
                 changed.add(f"{type(holder).__name__}.{name}")
     if changed:
         logger.info("dropout set to 0 in %s: log-probs must be those of the policy", ", ".join(sorted(changed)))
+
+
+def lora_config(config: SelfPlayConfig) -> Any:
+    """The peft config that a run's keys `use_peft` and `lora_*` stand for; None without `use_peft`."""
+    if not config.use_peft:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError("use_peft: want the package peft, which is missing; pip install 'tspin[peft]'") from error
+    targets = config.lora_target_modules
+    return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
 
 
 def add_adapter(model: nn.Module, peft_config: Any, *, seed: int) -> nn.Module:

@@ -8,25 +8,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich import box
 from rich.table import Table
 
 # Okabe-Ito, distinguishable to colour-blind eyes; one colour a role throughout.
 _COLOURS = {"chosen": "#0072B2", "rejected": "#D55E00", "proto": "#009E73", "grey": "#555555"}
 _ROLES = {"chosen": "real", "rejected": "synthetic", "proto": "proto"}
-# Header, key, format; the source is eval.json where the key is there, else the mean over the iteration's training log.
+# Header, key, format; the value is eval.json's where the key is there, else the mean over the iteration's training log.
 _COLUMNS = (
     ("exact match", "exact_match", ".3f"),
-    ("sampled", "exact_match_sampled", ".3f"),
-    ("held-out logp", "logprob", ".2f"),
-    ("fresh y < y'", "fresh_share", ".3f"),
-    ("loss", "loss", ".4f"),
-    ("logp real", "logps/chosen", ".2f"),
-    ("logp synthetic", "logps/rejected", ".2f"),
-    ("logp proto", "logps/proto", ".2f"),
-    ("margin", "rewards/margins", ".2f"),
-    ("history margin", "rewards/history_margins", ".2f"),
-    ("saturated", "saturated", ".2f"),
+    ("sampled match", "exact_match_sampled", ".3f"),
+    ("eval logp", "logprob", ".1f"),
+    ("fresh y<y'", "fresh_share", ".2f"),
+    ("logp real", "logps/chosen", ".1f"),
+    ("logp synth.", "logps/rejected", ".1f"),
+    ("logp proto", "logps/proto", ".1f"),
+    ("margin", "rewards/margins", ".1f"),
+    ("hist. margin", "rewards/history_margins", ".1f"),
 )
 
 
@@ -71,11 +69,11 @@ def _mean(values: list[float]) -> float:
 def iteration_table(run_dir: str | Path) -> Table:
     """The table shown after each iteration: held-out scores of the policy it ended with, training means on the way."""
     rows = read_iterations(run_dir)
-    table = Table(title=f"{Path(run_dir).name}: log-probs in nats per response")
-    table.add_column("iteration")
+    table = Table(title=f"{Path(run_dir).name}: log-probs in nats per response", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("iter.", no_wrap=True)
     columns = [column for column in _COLUMNS if any(column[1] in row for row in rows)]
     for header, _, _ in columns:
-        table.add_column(header, justify="right")
+        table.add_column(header.replace(" ", "\n"), justify="right", no_wrap=True)
     for row in rows:
         cells = [format(row[key], spec) if key in row else "" for _, key, spec in columns]
         table.add_row("initial" if row["iteration"] < 0 else str(row["iteration"]), *cells)
@@ -154,13 +152,3 @@ def _curve(axis: Any, rows: list[dict[str, Any]], key: str, style: str, **option
     if points:
         axis.plot(*zip(*points), style, **options)
         axis.set_xticks([x for x, _ in points])
-
-
-def main(argv: list[str]) -> int:
-    """Write and show the report of each run directory of `argv`."""
-    console = Console()
-    for run_dir in argv:
-        folder = write_report(run_dir)
-        console.print(iteration_table(run_dir))
-        console.print(f"written to {folder}")
-    return 0

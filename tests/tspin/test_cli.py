@@ -188,7 +188,18 @@ def test_train_changes_the_weights_and_saves_a_whole_model(model_dir, tmp_path, 
     }
     pq.write_table(pa.Table.from_pylist([record] * 2), tmp_path / "triplets.parquet")
     words = ["--model_name_or_path", str(model_dir), "--output_dir", str(tmp_path / "out"), "--max_steps", "2"]
-    words += ["--learning_rate", "0.01", "--save_strategy", "no", "--disable_tqdm", *more]
+    words += [
+        "--iteration",
+        "1",
+        "--method",
+        "tspin_no_history",
+        "--learning_rate",
+        "[0, 0.01]",
+        "--save_strategy",
+        "no",
+        "--disable_tqdm",
+        *more,
+    ]
     assert cli.main(["train", "--triplets", str(tmp_path / "triplets.parquet"), *words, *KEYS]) == 0
     old = LlamaForCausalLM.from_pretrained(model_dir).state_dict()
     new = LlamaForCausalLM.from_pretrained(tmp_path / "out" / "model").state_dict()

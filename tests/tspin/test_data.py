@@ -108,11 +108,11 @@ def test_every_layout_gives_the_same_example(tmp_path, prompt, response, bos):
 
 
 @quick
-@given(st.lists(texts, min_size=1, max_size=3), st.booleans())
+@given(st.lists(texts, min_size=2, max_size=4), st.booleans())
 def test_chat_is_rendered_by_the_template_and_cut_at_its_end_token(tmp_path, contents, bos):
     roles = ["user", "assistant"] * 2
     turns = [{"role": role, "content": text} for role, text in zip(roles, contents)]
-    turns = turns[: len(turns) - len(turns) % 2] or [turns[0], {"role": "assistant", "content": "a"}]
+    turns = turns[: len(turns) - len(turns) % 2]
     tokenizer = make_tokenizer(eos="<|end|>", bos=bos)
     encode = Encoder(tokenizer, "chat", stop_token_ids(tokenizer))
     prompt, prompt_ids, response_ids = encode(*exchange({"messages": turns}))
@@ -145,6 +145,12 @@ def test_a_chat_template_that_refuses_a_row_makes_it_bad(chat, message):
     tokenizer = make_tokenizer(eos="<|end|>", chat=chat)
     with pytest.raises(BadRow, match=message):
         Encoder(tokenizer, "chat", [6])(*exchange({"prompt": "p", "response": "r"}))
+
+
+def test_several_turns_need_the_chat_template():
+    turn = lambda role: {"role": role, "content": role}
+    with pytest.raises(BadRow, match=r"got user, assistant, user; set --prompt_template chat"):
+        Encoder(TOKENIZER, "{prompt}", [END])(*exchange({"messages": list(map(turn, ["user", "assistant"] * 2))}))
 
 
 def test_an_end_token_written_in_a_response_is_not_doubled_and_nothing_may_follow_it():

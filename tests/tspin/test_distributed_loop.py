@@ -143,6 +143,7 @@ def test_kill_9_at_fixed_moments_gives_the_same_run(toy, tmp_path):
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("method", METHODS)
 def test_kill_9_at_random_moments_gives_the_same_run(toy, tmp_path, method):
     draw, events = random.Random(method), events_of(toy, tmp_path / "count", method=method)
@@ -151,8 +152,10 @@ def test_kill_9_at_random_moments_gives_the_same_run(toy, tmp_path, method):
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess:
-    """Two gloo processes of the module or script that the arguments name."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+    """Two gloo processes of the module or script that the arguments name; --cpu would start only one."""
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--dynamo_backend", "no"]
+    command += arguments
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerState
 
 from tspin import loop, storage
 from tspin.config import SelfPlayConfig
@@ -168,6 +168,17 @@ def test_training_starts_from_the_policy_of_the_last_iteration(toy, tmp_path):
     for name, tensor in after.items():
         torch.testing.assert_close(tensor, before[name])
     assert result.evaluations[0]["logprob"] == pytest.approx(result.evaluations[1]["logprob"])
+
+
+def test_a_resumed_training_drops_the_log_lines_after_its_checkpoint(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 2}\n{"step": 4}\n{"st')
+    sealing, state = loop._Sealing(storage.Checkpoints(tmp_path), metrics, None), TrainerState()
+    state.log_history = [{"step": 2}]
+    sealing.on_train_begin(None, state, None)
+    state.log_history.append({"step": 4})
+    sealing.on_log(None, state, None)
+    assert metrics.read_text() == '{"step": 2}\n{"step": 4}\n'
 
 
 def test_a_second_run_does_nothing(finished, toy, monkeypatch):
