@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: the kernels' correctness suite, then the benchmark, all results in one folder of at most 8 files.
+#   COMMIT=<what rows call the code> benchmarks/device.sh FOLDER SECONDS [arguments of `python -m benchmarks logprobs`]
+# TESTS=0 leaves the suite out. Peers come by PYTHONPATH. Exits with 1 where a test failed or ours could not be measured.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$(realpath -m "$1")
+seconds=$2
+shift 2
+mkdir -p "$out"
+export PYTHONUNBUFFERED=1
+status=0
+start=$SECONDS
+if [ "${TESTS:-1}" != 0 ]; then
+    timeout $((seconds / 2)) python3 -m pytest tests/kernels -n 0 -q -ra 2>&1 | tee "$out/tests.log" | tail -n 15 || status=1
+fi
+left=$((seconds - (SECONDS - start)))
+python3 -m benchmarks logprobs --seconds "$left" --out "$out" ${COMMIT:+--commit "$COMMIT"} "$@" > "$out/table.txt" 2> "$out/errors.txt" || status=1
+tail -n 5 "$out/errors.txt"
+python3 -m benchmarks plots "$out" > /dev/null || status=1
+python3 -m benchmarks summary "$out"
+exit $status

@@ -1,0 +1,123 @@
+"""Rows as pictures: time and memory against N and V, and each implementation beside its floor."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tables import BARE, Row, fullest_runs, label, workload_name
+from benchmarks.workloads import CASES
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; each has its own marker and hatch besides.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#8C8C00")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_OURS = "tspin"
+
+
+def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Every figure that the rows allow, as PNG in `folder`. Returns their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    rows = [row for row in fullest_runs(rows) if row["ms"] and row["benchmark"] == "logprobs"]
+    paths = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        mine = [row for row in rows if row["device"] == device]
+        stem = "cpu" if mine[0]["dtype"] == "float32" else device.lower().replace(" ", "-")
+        for axis in ("N", "V"):
+            paths += _draw_sweep(mine, axis, folder / f"{stem}-{axis.lower()}.png")
+        paths += _draw_roofline(mine, folder / f"{stem}-roofline.png")
+    return paths
+
+
+def _sweep(rows: Sequence[Row], axis: str) -> list[Row]:
+    # The rows of the family of sweep cases that differ in `axis` alone and have the most values of it.
+    sweeps = {case.name for case in CASES if any("sweep" in group for group in case.groups)}
+    others = [name for name in ("N", "D", "V", "data", "mean_entropy") if name != axis]
+    families: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row["implementation"] not in BARE and row["case"] in sweeps:
+            families.setdefault(tuple(row[name] for name in others), []).append(row)
+    return max(families.values(), key=lambda family: len({row[axis] for row in family}), default=[])
+
+
+def _draw_sweep(rows: Sequence[Row], axis: str, path: Path) -> list[Path]:
+    import matplotlib.pyplot as plt
+
+    family = [row for row in _sweep(rows, axis) if row["pass"] == "forward+backward"]
+    values = sorted({row[axis] for row in family})
+    if len(values) < 2:
+        return []
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), constrained_layout=True)
+    lines: dict[str, list[Row]] = {}
+    for row in family:
+        lines.setdefault(label(row), []).append(row)
+    lines = {name: points for name, points in lines.items() if len({row[axis] for row in points}) > 1}
+    for number, (name, points) in enumerate(lines.items()):
+        points = sorted({row[axis]: row for row in points}.values(), key=lambda row: row[axis])
+        style = {"color": _COLOURS[number % 8], "marker": _MARKERS[number % 8], "label": name}
+        style["linewidth"] = 2.2 if name.startswith(_OURS) else 1.2
+        where = [row[axis] for row in points]
+        panels[0].plot(where, [row["ms"] for row in points], **style)
+        panels[0].fill_between(
+            where,
+            [row["ms_p20"] for row in points],
+            [row["ms_p80"] for row in points],
+            alpha=0.15,
+            color=style["color"],
+        )
+        panels[1].plot(where, [max(row["extra_mib"], 0.1) for row in points], **style)
+    fixed = ", ".join(f"{name}={family[0][name]}" for name in ("N", "D", "V") if name != axis)
+    for panel, unit in zip(panels, ("forward + backward, ms", "extra memory, MiB"), strict=True):
+        panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=unit, title=f"{fixed}, {family[0]['dtype']}")
+        panel.set_xticks(values, [str(value) for value in values], rotation=30)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    figure.suptitle(family[0]["device"], fontsize=10)
+    return [_save(figure, path)]
+
+
+def _draw_roofline(rows: Sequence[Row], path: Path) -> list[Path]:
+    import matplotlib.pyplot as plt
+
+    workloads: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["floor_ms"]:
+            workloads.setdefault(workload_name(row), []).append(row)
+    full = max((len(found) for found in workloads.values()), default=0)
+    workloads = {name: found for name, found in workloads.items() if len(found) > full / 2}
+    if not workloads:
+        return []
+    across = min(2, len(workloads))
+    down = -(-len(workloads) // across)
+    size = (7.5 * across, down * (1.0 + 0.27 * full))
+    figure, panels = plt.subplots(down, across, figsize=size, constrained_layout=True, squeeze=False)
+    for panel in list(panels.flat)[len(workloads) :]:
+        panel.set_visible(False)
+    for panel, (name, found) in zip(panels.flat, workloads.items(), strict=False):
+        found = sorted(found, key=lambda row: -row["ms"])
+        names = [f"{label(row)} {'(forward)' if row['pass'] == 'forward' else ''}" for row in found]
+        colours = [_COLOURS[0] if row["implementation"] == _OURS else _COLOURS[5] for row in found]
+        panel.barh(names, [row["ms"] for row in found], color=colours, edgecolor="black", linewidth=0.4)
+        gemm = [row["gemm_ms"] for row in found]
+        panel.barh(names, gemm, color="none", edgecolor="black", hatch="////", height=0.45, label="bare products")
+        traffic = [row["traffic_ms"] for row in found]
+        panel.barh(
+            names, traffic, left=gemm, color="none", edgecolor=_COLOURS[3], hatch="xxxx", height=0.45, label="+ traffic"
+        )
+        for at, row in enumerate(found):
+            panel.text(row["ms"], at, f" {row['ms'] / row['floor_ms']:.2f}x", va="center", fontsize=7)
+        panel.set(xlabel="ms", title=name, xlim=(0, 1.12 * found[0]["ms"]))
+        panel.tick_params(axis="y", labelsize=7)
+        panel.legend(fontsize=7, loc="upper right")
+    figure.suptitle(f"{rows[0]['device']}: time (bar) and its floor (hatched)", fontsize=10)
+    return [_save(figure, path)]
+
+
+def _save(figure: Any, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

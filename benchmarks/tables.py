@@ -1,0 +1,124 @@
+"""Rows as text: all of them, or ours against the goals, one short line each."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+BARE = ("blas", "cublas")
+# Time over the floor of the same run, by plan; the row work weighs more where D is small.
+FLOOR_GOALS = {"recompute": 1.05, "store": 1.05, "loss": 1.05, "loss_frozen_head": 1.05, "infer": 1.05}
+_SMALL_D, _SMALL_D_GOAL = 1024, 1.08
+# Over plain PyTorch's own errors; the order of a sum alone moves a mean square by 2 %.
+_LOGPROB_GOAL, _GRADIENT_GOAL = 1.02, 1.5
+
+
+def label(row: Row) -> str:
+    """Name of a row's implementation as figures show it."""
+    parts = [row["implementation"], row["plan"], "fp32 logits" if row.get("logits_dtype") == "float32" else None]
+    return " ".join(part for part in parts if part)
+
+
+def workload_name(row: Row) -> str:
+    """Case and data of a row."""
+    entropy = f" {row['mean_entropy']} nats" if row.get("mean_entropy") else ""
+    return f"{row['case']} {row['data']}{entropy}"
+
+
+def fullest_runs(rows: Iterable[Row]) -> list[Row]:
+    """Of each workload on each device the rows of one run, the fullest, then the last: times of different runs do not compare."""
+    runs: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in rows:
+        runs.setdefault((workload_name(row), row["device"]), {}).setdefault(row["time"], []).append(row)
+    chosen = (
+        max(run.items(), key=lambda item: (sum(bool(row["ms"]) for row in item[1]), item[0])) for run in runs.values()
+    )
+    return [row for _, run in chosen for row in run]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as text: time, ratio to the floor, memory, errors and what plain PyTorch's own are."""
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    lines = []
+    heading = None
+    for row in rows:
+        if row["implementation"] in BARE:
+            continue
+        if heading != (heading := (workload_name(row), row["device"])):
+            lines += ["", " | ".join(heading)]
+            columns = ("ms", "p80", "x floor", "MiB", "logprob", "(plain)", "dhidden", "dweight", "(plain)")
+            lines.append(f"{'':32}{'pass':>6}" + "".join(f"{column:>10}" for column in columns))
+        short = "fwd" if row["pass"] == "forward" else "f+b"
+        why = row.get("refused") or row.get("missing")
+        cells = [
+            number(row["ms"], "10.2f"),
+            number(row["ms_p80"], "10.2f"),
+            number(row["ms"] / row["floor_ms"] if row["ms"] and row["floor_ms"] else None, "10.3f"),
+            number(row["extra_mib"], "10.1f"),
+            *(
+                number(row.get(name), "10.2e")
+                for name in (
+                    *("error_logprob", "plain_logprob", "error_dhidden"),
+                    *("error_dweight", "plain_dweight"),
+                )
+            ),
+        ]
+        lines.append(f"{label(row):32}{short:>6}" + (f"  {why}" if why else "".join(f"{cell:>10}" for cell in cells)))
+    return "\n".join(lines)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Ours by workload: time, over its floor, over naive's; memory over naive's; errors over plain PyTorch's. `!`: misses its goal.
+
+    Then the peers' times, forward + backward.
+    """
+    workloads: dict[tuple[str, str], list[Row]] = {}
+    for row in fullest_runs(rows):
+        if row["implementation"] not in BARE:
+            workloads.setdefault((workload_name(row), row["device"]), []).append(row)
+    lines = []
+    for (name, device), found in workloads.items():
+        lines.append(f"{name} | {device}")
+        naive = {row["pass"]: row for row in found if row["implementation"] == "naive"}
+        lines += [_summary_line(row, naive.get(row["pass"], {})) for row in found if row["plan"]]
+        peers = [row for row in found if not row["plan"] and row["pass"] != "forward"]
+        lines.append("  " + ", ".join(f"{row['implementation']} {_outcome(row)}" for row in peers))
+    return "\n".join(lines)
+
+
+def _outcome(row: Row) -> str:
+    if row.get("ms"):
+        return f"{row['ms']:.2f}"
+    return "refused" if row.get("refused") else "missing"
+
+
+def _summary_line(row: Row, naive: Row) -> str:
+    if not row["ms"]:
+        return f"  {label(row):26} {row.get('refused') or row.get('missing')}"[:120]
+
+    def ratio(value: float | None, other: float | None, name: str, goal: float | None = None) -> str:
+        if not value or not other:
+            return f"{'-':>6} {name} "
+        return f"{value / other:6.2f} {name}{'!' if goal is not None and value / other > goal else ' '}"
+
+    small = row["D"] < _SMALL_D and row["plan"] == "recompute"
+    parts = [
+        f"{row['ms']:8.2f} ms",
+        ratio(row["ms"], row["floor_ms"], "floor", _SMALL_D_GOAL if small else FLOOR_GOALS[row["plan"]]),
+        ratio(row["ms"], naive.get("ms"), "naive"),
+        f"{row['extra_mib']:7.0f} MiB",
+        ratio(row["extra_mib"], naive.get("extra_mib"), "naive"),
+        "err",
+        *(
+            ratio(row.get(f"error_{name}"), row.get(f"plain_{name}"), short, goal).replace(f" {short}", short)
+            for name, short, goal in (
+                ("logprob", "p", None if row["task"] == "sequences" else _LOGPROB_GOAL),
+                ("dhidden", "h", _GRADIENT_GOAL),
+                ("dweight", "w", _GRADIENT_GOAL),
+            )
+        ),
+        "" if row.get("bitwise") else "not bitwise!",
+    ]
+    return f"  {label(row):26}" + " ".join(parts)
