@@ -26,6 +26,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from tspin import storage
 from tspin.config import SelfPlayConfig
@@ -117,6 +118,8 @@ class SelfPlay:
             ValueError: another process uses the directory; it belongs to another config, model or data; one of its
                 files is damaged; the input is bad; no space is left. What is finished is kept.
         """
+        # A bar for each loading of weights would bury those that matter.
+        disable_progress_bar()
         # TrainingArguments choose the device and start the process group.
         self.autocast = _autocast(self._training_args(0))
         state = PartialState()

@@ -4,9 +4,11 @@ A block is [tokens, vocabulary columns]. The forward takes each block into the r
 the gradient in place and multiplies it out. Nothing of size [N, V] exists unless the caller hands in a store for it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,6 +166,17 @@ class _Buffer:
         return self.memory[: (r1 - r0) * (c1 - c0)].view(r1 - r0, c1 - c0)
 
 
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    # The engine chooses the dtype of each product; autocast would round what it widens.
+    @wraps(function)
+    def wrapped(head: Head, hidden: Tensor, *args: Any, **options: Any) -> Any:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return function(head, hidden, *args, **options)
+
+    return wrapped
+
+
+@_without_autocast
 def compute_stats(
     head: Head,
     hidden: Tensor,
@@ -201,6 +214,7 @@ def compute_stats(
     return RowStats(m, log_s, (target_logit - m) - log_s, None if u is None else log_s - u / s)
 
 
+@_without_autocast
 def compute_gradients(
     head: Head,
     hidden: Tensor,

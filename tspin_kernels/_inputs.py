@@ -73,9 +73,9 @@ def check_inputs(
             raise ValueError(
                 f"{name}: want the device of hidden, {hidden.device}, got {tensor.device}; move one of them"
             )
-    if transform.temperature <= 0:
+    if not transform.temperature > 0:
         raise ValueError(f"temperature: want a positive number, got {transform.temperature}")
-    if transform.softcap is not None and transform.softcap <= 0:
+    if transform.softcap is not None and not transform.softcap > 0:
         raise ValueError(f"softcap: want a positive number or None, got {transform.softcap}")
     if entropy not in ENTROPY_MODES:
         raise ValueError(f"entropy: want 'grad', 'value' or False, got {entropy!r}")

@@ -31,6 +31,7 @@ def _head(
 ) -> Head:
     logit_scale, softcap, temperature = constants
     transform = LogitTransform(logit_scale, softcap if softcap > 0 else None, temperature)
+    bias = None if bias is None else bias.contiguous()
     return Head(weight, bias, transform, operand_dtype, logits_dtype, rows_module(backend, hidden.device))
 
 
@@ -79,7 +80,7 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = _head(hidden, weight, bias, constants, operand_dtype, logits_dtype, backend)
     index = _counted(targets, ignore_index)
-    counted = targets if index is None else targets[index]
+    counted = targets.contiguous() if index is None else targets[index]
     check_targets_in_range(counted, head.V)
     N = counted.shape[0]
     if _stores(hidden, weight, bias, operand_dtype, logits_dtype, memory_budget, in_place, wanted):
@@ -88,7 +89,9 @@ def _forward_op(
         products[N:].zero_()
     else:
         products, store = hidden.new_empty(0, 0, dtype=head.logits_dtype), None
-        blocks = plan_blocks(head.sizes(N, hidden, gathered=index is not None), memory_budget)
+        # With a gradient, the blocks are those of the backward: a budget too small for it must fail here.
+        sizes = head.sizes(N, hidden, gathered=index is not None, dhidden=wanted[0], dweight=wanted[1])
+        blocks = plan_blocks(sizes, memory_budget)
     stats = compute_stats(head, hidden, index, counted, blocks, with_entropy, store)
 
     def scatter(values: Tensor | None) -> Tensor:
@@ -145,7 +148,7 @@ def _gradients(
     def pick(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.contiguous() if index is None else values[index]
 
-    counted = targets if index is None else targets[index]
+    counted = targets.contiguous() if index is None else targets[index]
     N = counted.shape[0]
     stats = RowStats(pick(m), pick(log_s), m, pick(entropy) if dentropy is not None else None)
     upstream = Upstream(pick(dlogprobs), pick(dentropy), pick(dlogsumexp))

@@ -4,7 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tspin_kernels._inputs import LogitTransform, TokenLogprobs, accumulate_dtype, check_inputs, check_targets_in_range
+from tspin_kernels._inputs import (
+    LogitTransform,
+    TokenLogprobs,
+    accumulate_dtype,
+    check_inputs,
+    check_targets_in_range,
+    compute_dtype,
+)
 
 
 def linear_logprobs_reference(
@@ -29,13 +36,13 @@ def linear_logprobs_reference(
         raise ValueError(f"targets: want {list(hidden.shape[:-1])}, one per row of hidden, got {list(targets.shape)}")
     keep = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
     check_targets_in_range(targets[keep], weight.shape[0])
-    rows = hidden[keep]
-    logits = (
-        F.linear(rows, weight, bias)
-        if logits_dtype is None
-        else F.linear(rows.to(logits_dtype), weight.to(logits_dtype), None if bias is None else bias.to(logits_dtype))
-    )
-    logits = logits.to(accumulate_dtype(logits.dtype)) * logit_scale
+    operand = compute_dtype(hidden, weight)
+    with torch.autocast(hidden.device.type, enabled=False):
+        # Rounded to the dtype of the operands first, so that logits_dtype is about the product alone.
+        product = [t.to(operand).to(logits_dtype or operand) for t in (hidden[keep], weight)]
+        logits = F.linear(*product)
+    logits = logits.to(accumulate_dtype(logits.dtype))
+    logits = (logits if bias is None else logits + bias) * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits / temperature

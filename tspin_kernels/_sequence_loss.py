@@ -63,6 +63,7 @@ class _Rows(NamedTuple):
     """The rows that count, ordered by sequence."""
 
     index: Tensor  # [N] into hidden
+    may_repeat: bool  # whether several of them may be one row of hidden
     targets: Tensor  # [N]
     ids: Tensor  # [N] sequence of each row
     lengths: Tensor  # [G, group_size]
@@ -88,7 +89,40 @@ def _select(
     ids = ids[order]
     lengths = torch.bincount(ids, minlength=num_groups * group_size).view(num_groups, group_size)
     index = order if rows is None else rows[order]
-    return _Rows(index, targets[order], ids, lengths, lengths.sum(1).tolist())
+    return _Rows(index, rows is not None, targets[order], ids, lengths, lengths.sum(1).tolist())
+
+
+class _HiddenGradient:
+    """The gradient in all hidden rows; where several targets share a row, their parts are summed in float32."""
+
+    def __init__(self, hidden: Tensor, rows: _Rows, dtype: torch.dtype):
+        self.total = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        self.may_repeat = rows.may_repeat
+        self.slots: Tensor | None = None
+        if rows.may_repeat and dtype in (torch.float16, torch.bfloat16):
+            unique, inverse, counts = torch.unique(rows.index, return_inverse=True, return_counts=True)
+            is_shared = counts > 1
+            self.shared_rows = unique[is_shared]
+            self.shared = hidden.new_zeros(len(self.shared_rows), hidden.shape[1], dtype=torch.float32)
+            # Of each selected row, its place among the shared ones, or -1.
+            self.slots = torch.where(is_shared, is_shared.cumsum(0) - 1, -1)[inverse]
+
+    def add(self, block: slice, index: Tensor, part: Tensor) -> None:
+        """Add the gradients `part` of the selected rows `block`, which are the hidden rows `index`."""
+        if not self.may_repeat:
+            self.total.index_copy_(0, index, part)
+        elif self.slots is None:
+            self.total.index_put_((index,), part, accumulate=True)
+        else:
+            slots = self.slots[block]
+            alone, several = (slots < 0).nonzero().squeeze(1), (slots >= 0).nonzero().squeeze(1)
+            self.total.index_copy_(0, index[alone], part[alone])
+            self.shared.index_put_((slots[several],), part[several].float(), accumulate=True)
+
+    def result(self) -> Tensor:
+        if self.slots is not None:
+            self.total.index_copy_(0, self.shared_rows, self.shared.to(self.total.dtype))
+        return self.total
 
 
 def _pack(per_group: list[int], max_rows: int) -> list[tuple[int, int]] | None:
@@ -130,8 +164,9 @@ def _run(
     # Several blocks, or a float16 gradient that waits for its scale, are summed in float32.
     wide = dtype if head.compute_dtype == torch.float16 or (ranges is not None and len(ranges) > 1) else None
     hidden_dtype = dtype if head.compute_dtype == torch.float16 else hidden.dtype
+    hidden_gradient = _HiddenGradient(hidden, rows, hidden_dtype) if wanted[0] else None
     grads = Gradients(
-        torch.zeros(hidden.shape, dtype=hidden_dtype, device=hidden.device) if wanted[0] else None,
+        None,
         torch.zeros(V, D, dtype=wide or head.weight.dtype, device=hidden.device) if wanted[1] else None,
         hidden.new_zeros(V, dtype=dtype) if wanted[2] else None,
     )
@@ -165,7 +200,7 @@ def _run(
         upstream = Upstream(
             *(None if d is None else (d / call.normalizer).reshape(-1)[local].to(dtype) for d in (dlogprobs, dentropy))
         )
-        dhidden = None if grads.hidden is None else hidden.new_empty(n, D, dtype=hidden_dtype)
+        dhidden = hidden.new_empty(n, D, dtype=hidden_dtype) if hidden_gradient else None
         compute_gradients(
             head,
             hidden,
@@ -178,12 +213,13 @@ def _run(
             fresh=block.start == 0,
             store=store,
         )
-        if grads.hidden is not None:
-            grads.hidden.index_put_((index,), dhidden, accumulate=True)
+        if hidden_gradient is not None and dhidden is not None:
+            hidden_gradient.add(block, index, dhidden)
     losses = torch.cat([losses for losses, _ in parts])
     loss = losses.double().sum().to(dtype) / call.normalizer
-    columns = zip(*(sequences for _, sequences in parts), strict=True)
-    return loss, SequenceStats(*(None if column[0] is None else torch.cat(column) for column in columns)), grads
+    sums, entropies, lengths = zip(*(sequences for _, sequences in parts), strict=True)
+    stats = SequenceStats(torch.cat(sums), None if entropies[0] is None else torch.cat(entropies), torch.cat(lengths))
+    return loss, stats, grads._replace(hidden=hidden_gradient.result() if hidden_gradient else None)
 
 
 class _SequenceLoss(torch.autograd.Function):
@@ -320,7 +356,7 @@ def linear_sequence_loss(
     dtypes = product_dtypes(hidden, weight, logits_dtype, backend)
     head = Head(
         weight.detach(),
-        None if bias is None else bias.detach(),
+        None if bias is None else bias.detach().contiguous(),
         transform,
         *dtypes,
         rows_module(backend, hidden.device),

@@ -1,0 +1,168 @@
+"""Floors: matrix-product flops of every plan, no [N, V] tensor under a small budget, bytes in flight.
+
+Counted by the profiler: registered ops hide their inner products from FlopCounterMode and every other dispatch mode.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tspin_kernels import linear_logprobs, linear_sequence_loss
+
+from .oracle import least_budget, make_case
+from .preferences import tspin
+
+N, V, D = 12, 150, 8
+# Where the product's operands stand among the inputs, by name of the op.
+PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1, "aten::baddbmm_": 1}
+
+
+def profiled(call):
+    """The operators that `call` runs, backward threads and the insides of registered ops included."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as recorded:
+        call()
+    return recorded
+
+
+def product_flops(call) -> int:
+    flops = 0
+    for event in profiled(call).events():
+        if event.name in PRODUCTS:
+            a, b = event.input_shapes[PRODUCTS[event.name] :][:2]
+            flops += 2 * torch.Size(a).numel() * b[-1]
+        assert event.name not in ("aten::mv", "aten::addmv", "aten::addmv_", "aten::dot"), (
+            "a product that this test does not count"
+        )
+    return flops
+
+
+def tokens(implementation, hidden, weight, case, **options):
+    outputs = linear_logprobs(hidden, weight, case.targets, case.bias, backend=implementation.backend, **options)
+    return sum((o * u).sum() for o, u in zip(outputs, case.upstream, strict=True))
+
+
+def groups(implementation, hidden, weight, case, **options):
+    ids = torch.arange(len(case.targets), device=hidden.device) * 6 // len(case.targets)
+    options = {"entropy": "grad", "group_size": 3, "backend": implementation.backend, **options}
+    return linear_sequence_loss(hidden, weight, case.targets, ids, tspin, case.bias, **options)[0]
+
+
+@pytest.fixture(params=[tokens, groups], ids=["linear_logprobs", "linear_sequence_loss"])
+def op(request):
+    return request.param
+
+
+@pytest.fixture
+def case(fused):
+    return make_case(N, V, D, seed=1).to(fused.device)
+
+
+def leaves(case, *wanted):
+    return [t.clone().requires_grad_(name in wanted) for name, t in (("hidden", case.hidden), ("weight", case.weight))]
+
+
+@pytest.mark.parametrize("wanted, passes", [(("hidden", "weight"), 6), (("hidden",), 4), (("weight",), 4)], ids=str)
+def test_flops_where_the_logits_fit(fused, case, op, wanted, passes):
+    """6NVD, or 4NVD with a frozen head, whose gradient is never formed."""
+    hidden, weight = leaves(case, *wanted)
+    assert product_flops(lambda: op(fused, hidden, weight, case).backward()) == passes * N * V * D
+    assert (hidden.grad is None) == ("hidden" not in wanted) and (weight.grad is None) == ("weight" not in wanted)
+
+
+@pytest.mark.parametrize("wanted, passes", [(("hidden", "weight"), 8), (("hidden",), 6), (("weight",), 6)], ids=str)
+def test_flops_where_they_do_not_fit(fused, case, op, wanted, passes):
+    """8NVD: also for a group larger than the budget."""
+    hidden, weight = leaves(case, *wanted)
+    call = partial(op, fused, hidden, weight, case)
+    least = least_budget(lambda budget: call(memory_budget=budget).backward())
+    assert product_flops(lambda: call(memory_budget=least).backward()) == passes * N * V * D
+
+
+def test_flops_of_one_group_per_block(fused, case):
+    """Groups that fit one by one still cost a single projection."""
+    hidden, weight = leaves(case, "hidden", "weight")
+    call = partial(groups, fused, hidden, weight, case)
+    one_group = 4 * (N // 2) * (V + D)
+    assert one_group < 4 * N * V
+    assert product_flops(lambda: call(memory_budget=one_group).backward()) == 6 * N * V * D
+
+
+@pytest.mark.parametrize("budget", [None, "least"])
+@pytest.mark.parametrize("mode", ["no_grad", "inference", "nothing_requires_grad"])
+def test_flops_without_gradient(fused, case, op, mode, budget):
+    """Nothing but the projection: 2NVD, though the inputs require grad."""
+    hidden, weight = leaves(case, *(() if mode == "nothing_requires_grad" else ("hidden", "weight")))
+    context = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "nothing_requires_grad": torch.enable_grad}[
+        mode
+    ]
+    with context():
+        call = partial(op, fused, hidden, weight, case)
+        options = {} if budget is None else {"memory_budget": least_budget(lambda budget: call(memory_budget=budget))}
+        assert product_flops(lambda: call(**options)) == 2 * N * V * D
+
+
+def test_ignored_rows_cost_nothing(fused, case, op):
+    case.targets[::3] = -100
+    hidden, weight = leaves(case, "hidden", "weight")
+    assert product_flops(lambda: op(fused, hidden, weight, case).backward()) == 6 * (N - N // 3) * V * D
+
+
+def test_an_entropy_that_is_only_read_costs_no_product(fused, case, op):
+    hidden, weight = leaves(case, "hidden")
+    for entropy in ("value", "grad", False):
+        outputs = linear_logprobs(hidden, weight, case.targets, backend=fused.backend, entropy=entropy)
+        assert product_flops(lambda outputs=outputs: outputs.logprobs.sum().backward()) == 2 * N * V * D
+
+
+def test_no_tensor_of_all_logits(fused, op):
+    """Under a small budget no operator sees as many as half of the [N, V] logits."""
+    if fused.interpreted:
+        pytest.skip("100 blocks are slow under Triton's interpreter; the plan is shared with the torch backend")
+    case = make_case(64, 400, 4, seed=2).to(fused.device)
+    hidden, weight = leaves(case, "hidden", "weight")
+    call = partial(op, fused, hidden, weight, case)
+
+    def largest(**options):
+        events = profiled(lambda: call(**options).backward()).events()
+        return max(
+            torch.Size(shape).numel()
+            for event in events
+            for shape in event.input_shapes or []
+            if isinstance(shape, list)
+        )
+
+    assert largest(memory_budget=least_budget(lambda budget: call(memory_budget=budget))) < 64 * 400 // 2
+    assert largest() >= 64 * 400, "the default budget keeps them, so this test can fail"
+
+
+def peak_bytes(call, device: str) -> int:
+    """Largest growth of allocated bytes during `call`."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    events = [e for e in profiled(call).profiler.kineto_results.events() if e.name() == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows, columns", [(1024, 8192), (8192, 1024)])
+def test_bytes_in_flight(fused, op, rows, columns, dtype):
+    """Gradients, budget, per-token vectors and 6 MiB for the row kernels' tiles, beside 32 MiB of float32 logits."""
+    if fused.interpreted:
+        pytest.skip("1024 rows are slow under Triton's interpreter; the plan is shared with the torch backend")
+    case = make_case(rows, columns, 8, seed=3, dtype=dtype, bias=False).to(fused.device)
+    hidden, weight = leaves(case, "hidden", "weight")
+    budget = 2 * 2**20
+    peak = peak_bytes(lambda: op(fused, hidden, weight, case, memory_budget=budget).backward(), fused.device)
+    gradients = (rows + columns) * 8 * dtype.itemsize
+    assert peak < 2 * gradients + budget + 100 * rows + 6 * 2**20, f"{peak / 2**20:.1f} MiB"
+    assert peak > gradients, "the profiler saw no allocations"

@@ -1,0 +1,365 @@
+"""Puts known bugs into a copy of tspin_kernels, one at a time, and prints which test fails first.
+
+`python tests/mutate.py [words of a name ...]`. A bug that survives makes the exit status 1; a replacement that no
+longer applies, and tests that fail without any bug, are errors. It deliberately does not generate mutations: each is a
+bug that a library of this kind has shipped, or a line whose loss would be silent.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "tspin_kernels"
+PLAIN, TRITON, BLOCKS = "_rows_torch.py", "_rows_triton.py", "_blocks.py"
+TOKENS, GROUPS, SUMS = "_linear_logprobs.py", "_sequence_loss.py", "_sequences.py"
+VALUES = "test_linear_logprobs.py test_properties.py test_inputs_and_masks.py"
+SEQUENCES = "test_sequence_loss.py test_sequence_layout.py"
+PYTEST = ["-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "-c", os.devnull]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One bug: each `old` in `file` becomes `new`; `tests` are the files that must notice, `only` narrows them (-k)."""
+
+    bug: str
+    file: str
+    old: str
+    new: str
+    tests: str = VALUES
+    only: str = "not reference-cpu"
+
+
+def both(bug: str, torch_edit: tuple[str, str], triton_edit: tuple[str, str], tests: str = VALUES) -> list[Mutation]:
+    """The same bug in each of the twin row-kernel modules."""
+    return [
+        Mutation(f"{bug} (torch)", PLAIN, *torch_edit, tests, "torch-cpu"),
+        Mutation(f"{bug} (triton)", TRITON, *triton_edit, tests, "triton"),
+    ]
+
+
+MUTATIONS = [
+    # 1. Phantom vocabulary
+    Mutation("1 mask of the last tile removed", TRITON, 'tl.where(in_v, z, float("-inf"))', "z", only="triton"),
+    *both(
+        "1 running maximum floored at 0",
+        ("m_new = torch.maximum(m_old, z.amax(1))", "m_new = torch.maximum(m_old, z.amax(1)).clamp(min=0)"),
+        ("m_new = tl.maximum(m, tl.max(z, axis=0))", "m_new = tl.maximum(tl.maximum(m, tl.max(z, axis=0)), 0.0)"),
+    ),
+    Mutation("1 running maximum starts at 0", BLOCKS, "torch.full((N,), -torch.inf", "torch.full((N,), 0.0"),
+    # 2. Uniform upstream
+    Mutation(
+        "2 upstream[0] for every token",
+        TOKENS,
+        "Upstream(pick(dlogprobs), pick(dentropy), pick(dlogsumexp))",
+        "Upstream(*(None if d is None else pick(d)[:1].repeat(N) for d in (dlogprobs, dentropy, dlogsumexp)))",
+    ),
+    Mutation(
+        "2 coefficient of the first sequence for all",
+        GROUPS,
+        ".reshape(-1)[local]",
+        ".reshape(-1)[local * 0]",
+        SEQUENCES,
+    ),
+    # 3. Rounding before the subtraction
+    *both(
+        "3 softmax rounded before one-hot is subtracted",
+        ("p = log_p.exp()\n", "p = log_p.exp().to(logits.dtype).to(m.dtype)\n"),
+        ("p = tl.exp(log_p)\n", "p = tl.exp(log_p).to(logits_ptr.dtype.element_ty).to(tl.float32)\n"),
+    ),
+    # 4. Entropy at an offset
+    Mutation("4 entropy as logsumexp minus the mean logit", BLOCKS, "log_s - u / s", "(m + log_s) - (m + u / s)"),
+    *both(
+        "4 m and ln s summed before the logit is subtracted",
+        (
+            "torch.sub(z, m[tile].unsqueeze(1)).sub_(log_s[tile].unsqueeze(1))",
+            "torch.sub(z, (m[tile] + log_s[tile]).unsqueeze(1))",
+        ),
+        (
+            "(z - tl.load(m_ptr + row)) - tl.load(log_s_ptr + row)",
+            "z - (tl.load(m_ptr + row) + tl.load(log_s_ptr + row))",
+        ),
+    ),
+    # 5. Entropy gradient
+    Mutation("5 entropy gradient dropped", TOKENS, "pick(dentropy), pick(dlogsumexp))", "None, pick(dlogsumexp))"),
+    Mutation(
+        "5 entropy gradient dropped from the loss", GROUPS, "grads[1] if len(grads) > 1 else None", "None", SEQUENCES
+    ),
+    Mutation("5 H missing from the entropy gradient", PLAIN, ".add_(entropy[tile].unsqueeze(1))", "", only="torch-cpu"),
+    Mutation(
+        "5 entropy gradient under entropy='value'",
+        GROUPS,
+        ".requires_grad_(entropy_grad)",
+        ".requires_grad_()",
+        SEQUENCES,
+    ),
+    Mutation("5 gradient of logsumexp dropped", TOKENS, "pick(dentropy), pick(dlogsumexp))", "pick(dentropy), None)"),
+    # 6. Offsets
+    Mutation("6 int32 row offsets", TRITON, "tl.program_id(0).to(tl.int64)", "tl.program_id(0)", "test_offsets.py"),
+    # 7. Strides
+    Mutation(
+        "7 stride-0 upstream misread",
+        TOKENS,
+        "values.contiguous() if index is None",
+        "values if index is None",
+        only="triton",
+    ),
+    # 8. Ignored rows
+    Mutation(
+        "8 outputs of ignored rows left uninitialised",
+        TOKENS,
+        "values.new_zeros(targets.shape)",
+        "values.new_full(targets.shape, 7.0)",
+    ),
+    Mutation(
+        "8 gradients of ignored rows left uninitialised",
+        TOKENS,
+        "torch.zeros_like(hidden,",
+        "torch.full_like(hidden, 7.0,",
+    ),
+    Mutation(
+        "8 gradients of an empty call left uninitialised", TOKENS, "gradient.zero_()", "gradient.fill_(torch.nan)"
+    ),
+    # 9. Bias and frozen heads
+    Mutation("9 bias gradient of the last block of tokens only", BLOCKS, "if fresh and r0 == 0 else", "if True else"),
+    Mutation("9 bias left out of the logits", PLAIN, "z = z + bias.to(dtype)", "pass", only="torch-cpu"),
+    Mutation("9 bias gradient ignores the softcap", BLOCKS, "dlogits.sum(0, dtype", "dlogits.neg().sum(0, dtype"),
+    Mutation("9 dW of a frozen head computed", TOKENS, "grad and weight.requires_grad", "grad", "test_memory.py"),
+    Mutation(
+        "9 dW of a frozen head computed by the loss",
+        GROUPS,
+        "t.requires_grad for t",
+        "True for t",
+        "test_memory.py test_autograd.py",
+    ),
+    # 10. Accumulation
+    Mutation(
+        "10 accumulated in the short dtype",
+        BLOCKS,
+        "out.shape[1], dtype=torch.float32)",
+        "out.shape[1], dtype=out.dtype)",
+    ),
+    Mutation(
+        "10 float16 gradient not rescaled",
+        BLOCKS,
+        "if head.compute_dtype == torch.float16:",
+        "if False:",
+        "test_precision.py",
+    ),
+    # 11. The compiler
+    Mutation(
+        "11 fake result in the wrong dtype",
+        TOKENS,
+        "dtype=accumulate_dtype(operand_dtype))\n    stores",
+        "dtype=torch.float64)\n    stores",
+        "test_compile.py",
+    ),
+    Mutation(
+        "11 in-place backward hides what it mutates",
+        TOKENS,
+        '(True, "_", ("products",))',
+        '(True, "_", ())',
+        "test_autograd.py test_compile.py",
+    ),
+    # 12. -inf logits
+    *both(
+        "12 -inf logit in the entropy: 0 * -inf",
+        ("shifted.clamp_(min=torch.finfo(m.dtype).min)", "shifted"),
+        ('tl.where(z == float("-inf"), 0.0, weights * (z - reference))', "weights * (z - reference)"),
+    ),
+    *both(
+        "12 -inf logit in the gradient: 0 * inf",
+        ("log_p.clamp_(min=torch.finfo(m.dtype).min)", "log_p"),
+        ("tl.where(p == 0.0, 0.0, p * factor)", "p * factor"),
+    ),
+    # 13. One copy of the loss
+    Mutation(
+        "13 normalizer lost on the plain path",
+        SUMS,
+        "return total /",
+        "return total if True else total /",
+        SEQUENCES,
+        "",
+    ),
+    Mutation("13 proto term evaluated at beta = 0", "_losses.py", "if beta == 0:", "if False:", "test_losses.py", ""),
+    Mutation(
+        "13 logistic loss overflows", "_losses.py", "F.softplus(-z)", "((-z).exp() + 1).log()", "test_losses.py", ""
+    ),
+    Mutation(
+        "13 sign of the historical margin",
+        "_losses.py",
+        "(synthetic - proto)",
+        "(proto - synthetic)",
+        "test_losses.py",
+        "",
+    ),
+    # The logit transform
+    *both(
+        "temperature dropped from the logits",
+        ("z = z / transform.temperature", "pass"),
+        ("    z = z / temperature\n", ""),
+    ),
+    *both(
+        "temperature dropped from the gradient",
+        ("scale = transform.logit_scale / transform.temperature", "scale = transform.logit_scale"),
+        ("slope = logit_scale / temperature", "slope = logit_scale"),
+    ),
+    *both(
+        "softcap derivative dropped",
+        ("slope = 1 - tanh * tanh", "slope = torch.ones_like(z)"),
+        ("slope = slope * (1.0 - tanh * tanh)", "slope = slope + 0.0 * tanh"),
+    ),
+    *both(
+        "logit scale after the softcap",
+        ("z = tanh * transform.softcap", "z = tanh * transform.softcap * transform.logit_scale"),
+        ("z = softcap * tanh", "z = softcap * tanh * logit_scale"),
+    ),
+    # Edges
+    Mutation(
+        "last column skipped",
+        BLOCKS,
+        "_steps(head.V, blocks.cols):\n            part",
+        "_steps(head.V - 1, blocks.cols):\n            part",
+    ),
+    Mutation(
+        "last column of a block skipped (statistics)",
+        TRITON,
+        "offs_v, offs_v < V,",
+        "offs_v, offs_v < V - 1,",
+        only="triton",
+    ),
+    Mutation(
+        "last column of a block skipped (gradient)",
+        TRITON,
+        "in_v = offs_v < V\n",
+        "in_v = offs_v < V - 1\n",
+        only="triton",
+    ),
+    Mutation(
+        "sums not rescaled to a new maximum", PLAIN, "s[tile] = s[tile] * decay", "s[tile] = s[tile]", only="torch-cpu"
+    ),
+    Mutation("sums not rescaled to a new maximum (triton)", TRITON, "s = s * decay", "s = s", only="triton"),
+    Mutation(
+        "entropy sum not moved to a new maximum", PLAIN, "(u[tile] + moved * s[tile])", "u[tile]", only="torch-cpu"
+    ),
+    Mutation("targets counted from the first column of all", BLOCKS, "targets[r0:r1] - c0", "targets[r0:r1]"),
+    Mutation("bias of another block", BLOCKS, "self.bias[start:stop])", "self.bias[: stop - start])"),
+    Mutation(
+        "dhidden of the last vocabulary block only",
+        BLOCKS,
+        "part.weight.to(head.compute_dtype), c0 == 0,",
+        "part.weight.to(head.compute_dtype), True,",
+    ),
+    Mutation("dweight of the last token block only", BLOCKS, "r0 == 0 and (fresh or total is not out)", "True"),
+    Mutation("targets not checked", TOKENS, "    check_targets_in_range(counted, head.V)\n", "", "test_bad_input.py"),
+    # Autograd
+    Mutation(
+        "work under no_grad", TOKENS, "grad = torch.is_grad_enabled()", "grad = True", "test_memory.py test_autograd.py"
+    ),
+    Mutation(
+        "work under no_grad by the loss",
+        GROUPS,
+        "grad = torch.is_grad_enabled()",
+        "grad = True",
+        "test_memory.py test_autograd.py",
+    ),
+    Mutation(
+        "gradient of the forward passes for a constant",
+        GROUPS,
+        "if torch.is_grad_enabled():",
+        "if False:",
+        "test_autograd.py",
+    ),
+    Mutation(
+        "gradient scaled in place twice",
+        GROUPS,
+        "grads, ctx.grads = ctx.grads, None",
+        "grads = ctx.grads",
+        "test_autograd.py",
+    ),
+    Mutation("upstream scalar dropped", GROUPS, "g.mul_(dloss)", "g", SEQUENCES),
+    # Sequences and groups
+    Mutation(
+        "rows taken in the order they come",
+        GROUPS,
+        "torch.sort(ids, stable=True).indices",
+        "torch.arange(len(ids), device=ids.device)",
+        SEQUENCES,
+    ),
+    Mutation("group inputs not sliced", GROUPS, "tensor[g0:g1] for tensor", "tensor[: g1 - g0] for tensor", SEQUENCES),
+    Mutation("shared hidden rows overwrite each other", GROUPS, "accumulate=True", "accumulate=False", SEQUENCES),
+    Mutation("captured tensor accepted", GROUPS, "        _refuse_captured(losses, leaves)\n", "", "test_bad_input.py"),
+    Mutation(
+        "loss of another shape broadcast", SUMS, "tuple(losses.shape) != (groups,)", "False", "test_bad_input.py", ""
+    ),
+    Mutation(
+        "statistics of a block's groups shifted",
+        GROUPS,
+        "rows.ids[block] - g0 * group_size",
+        "rows.ids[block] % group_size",
+        SEQUENCES,
+    ),
+    Mutation(
+        "budget ignored",
+        "_plan.py",
+        "if sizes.total(rows, sizes.V) <= budget:",
+        "if True:",
+        "test_memory.py test_bad_input.py",
+    ),
+]
+
+
+def failing_test(mutation: Mutation | None, tests: list[str], only: str = "") -> str:
+    """The first of `tests` that fails on a copy of the package with the bug put in, '' when none does."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in (PACKAGE, "tests/kernels"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        if mutation:
+            path = copy / PACKAGE / mutation.file
+            text = path.read_text()
+            if mutation.old not in text:
+                raise SystemExit(f"{mutation.bug}: {mutation.file} has no {mutation.old!r}")
+            path.write_text(text.replace(mutation.old, mutation.new))
+        command = [sys.executable, *PYTEST]
+        environment = os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        command += [f"--rootdir={copy}", *tests, "-k", only]
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    failed = re.search(r"^(?:FAILED|ERROR) (tests/kernels/.*?)(?: - |$)", done.stdout, re.MULTILINE)
+    if done.returncode not in (0, 1, 2) or (done.returncode and not failed):
+        raise SystemExit(f"pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return failed[1] if failed else ""
+
+
+def first_failure(mutation: Mutation) -> str:
+    """The test that finds the bug; it must pass where the bug is not."""
+    found = failing_test(mutation, [f"tests/kernels/{name}" for name in mutation.tests.split()], mutation.only)
+    if found and failing_test(None, [found]):
+        raise SystemExit(f"{mutation.bug}: {found} fails without the bug, too; mend that first")
+    return found.removeprefix("tests/kernels/")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*", help="only bugs whose name holds one of these")
+    words = parser.parse_args().words
+    chosen = [m for m in MUTATIONS if not words or any(word in m.bug for word in words)]
+    survivors = 0
+    print("| bug | first test that fails |\n|---|---|", flush=True)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for mutation, failed in zip(chosen, pool.map(first_failure, chosen), strict=True):
+            survivors += not failed
+            print(f"| {mutation.bug} | {f'`{failed}`' if failed else '**none: the bug survives**'} |", flush=True)
+    print(f"\n{len(chosen) - survivors} of {len(chosen)} bugs found", file=sys.stderr)
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
