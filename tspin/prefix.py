@@ -1,0 +1,149 @@
+"""Prompt sharing: one row `[x, y, y', y0]` in place of three, the prompt computed once, through a registered attention function.
+
+No model is patched. The layout of a row travels as a forward keyword to the attention function, which lets each response
+see the prompt and itself. Positions are those of separate rows, so rotary embeddings and sliding windows are too. Models whose
+layers mix tokens by anything but softmax attention are refused; one that derives positions from its mask (OPT) is not noticed
+here, so a caller compares a first batch with separate rows. The trainer does not use this module yet.
+
+P tokens of a prompt, L of a response, T of a packed row; H query heads, d their width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+NAME = "tspin_prefix"
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class PrefixLayout:
+    """Where the groups of one packed row lie: for each, the prompt's length P and the lengths L of its responses, which follow
+    it. A group starts where the last one ended."""
+
+    groups: tuple[tuple[int, tuple[int, ...]], ...]
+
+    def position_ids(self) -> Tensor:
+        """[1, T] int64: each response continues its prompt."""
+        parts = []
+        for P, lengths in self.groups:
+            parts += [torch.arange(P), *(torch.arange(P, P + L) for L in lengths)]
+        return torch.cat(parts)[None]
+
+
+def _visible(L: int, S: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """[L, S] bool: which of S keys each of the last L positions sees; None where plain causality says it all."""
+    window = S if sliding_window is None else min(S, sliding_window)
+    if L == S == window:
+        return None
+    distance = torch.arange(S - L, S, device=device)[:, None] - torch.arange(S, device=device)
+    return (distance >= 0) & (distance < window)
+
+
+def _attend(
+    query: Tensor,  # [B, H, L, d]
+    key: Tensor,  # [B, H_kv, S, d]
+    value: Tensor,  # [B, H_kv, S, d]
+    visible: Tensor | None,  # bool, broadcast to [B, H, L, S]; None: causal
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,  # [H] logits of an extra key without value
+) -> Tensor:
+    H, L, S = query.shape[1], query.shape[2], key.shape[2]
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, visible, is_causal=visible is None, scale=scaling, enable_gqa=key.shape[1] != H
+        )
+    repeats = H // key.shape[1]
+    scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if visible is None:
+        visible = torch.ones(L, S, dtype=torch.bool, device=query.device).tril(S - L)
+    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(len(scores), -1, L, 1).to(scores.dtype)], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return weights[..., :S] @ value.repeat_interleave(repeats, 1)
+
+
+def prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    prefix_layout: PrefixLayout | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [B, H, T, d], key and value [B, H_kv, T, d] -> ([B, T, H, d], None).
+
+    Without a layout (generation, probing, separate rows) it is ordinary attention under the mask of transformers' sdpa.
+    """
+    logits = (query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    if prefix_layout is None:
+        return _attend(query, key, value, attention_mask, *logits).transpose(1, 2), None
+    pieces, start = [], 0
+    for P, lengths in prefix_layout.groups:
+        prompt = slice(start, start + P)
+        shared_key, shared_value = key[:, :, prompt], value[:, :, prompt]
+        visible = _visible(P, P, sliding_window, query.device)
+        pieces.append(_attend(query[:, :, prompt], shared_key, shared_value, visible, *logits))
+        start += P
+        for L in lengths:
+            own = slice(start, start + L)
+            visible = _visible(L, P + L, sliding_window, query.device)
+            keys = torch.cat([shared_key, key[:, :, own]], 2)
+            values = torch.cat([shared_value, value[:, :, own]], 2)
+            pieces.append(_attend(query[:, :, own], keys, values, visible, *logits))
+            start += L
+    return torch.cat(pieces, 2).transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, prefix_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def refusal(model: PreTrainedModel) -> str | None:
+    """Why the prompts of this model cannot be shared, None where they can."""
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
+    if layers:
+        return f"its layers include {sorted(layers)}"
+    if getattr(model, "_is_stateful", False) or any(hasattr(config, key) for key in ("mamba_d_state", "ssm_cfg")):
+        return "its layers carry a recurrent state"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{type(model).__name__} does not take a registered attention function"
+    return None
+
+
+def share_prompts(model: PreTrainedModel) -> None:
+    """Switch the model to the attention that understands a `prefix_layout`; ValueError where `refusal` has a reason."""
+    reason = refusal(model)
+    if reason is not None:
+        raise ValueError(
+            f"prefix_sharing: {type(model).__name__} cannot share prompts: {reason}; use prefix_sharing='off'"
+        )
+    model.set_attn_implementation(NAME)
+
+
+def layout_inputs(layout: PrefixLayout, device: torch.device) -> dict[str, Any]:
+    """Forward keywords beside `input_ids` [1, T] for a packed row."""
+    # A mask of four dimensions is handed through as it is, so that no [T, T] mask is ever made.
+    return {
+        "position_ids": layout.position_ids().to(device),
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
+        "prefix_layout": layout,
+    }
