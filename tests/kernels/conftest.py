@@ -1,19 +1,13 @@
 """Which implementations the kernel tests run over: every backend on the device where it can run on this machine.
 
-Without CUDA the Triton backend runs under Triton's interpreter, which reads its switch when the kernels are imported:
-it is set here, before them.
+Without CUDA the Triton backend runs under Triton's interpreter (tests/conftest.py).
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @dataclass(frozen=True)
