@@ -72,6 +72,7 @@ def main() -> None:
             num_hidden_layers=4,
             num_attention_heads=4,
             max_position_embeddings=1024,
+            initializer_range=0.08,
         )
     overrides = {
         "model_name_or_path": str(pupil),

@@ -259,9 +259,10 @@ def generate_responses(
         "prompts": _prompts_hash(examples),
         "model": model_id,
     }
-    if process_index == 0:
-        remove_partial(directory)
     shards = range(process_index, -(-len(examples) // shard_size), num_processes)
+    for index in shards:
+        # Its own alone: another process may be writing its shard at this moment.
+        remove_partial(directory, f"shard-{index:05d}-*")
     slices = {index: examples[index * shard_size : (index + 1) * shard_size] for index in shards}
     with tqdm(
         total=sum(map(len, slices.values())), desc=desc, unit="row", disable=None if process_index == 0 else True

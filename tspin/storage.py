@@ -145,9 +145,9 @@ def staged_directory(final: str | os.PathLike) -> Iterator[Path]:
     _sync(final.parent)
 
 
-def remove_partial(directory: str | os.PathLike) -> None:
-    """Delete the temporary files and directories that a killed run left directly in `directory`."""
-    for path in Path(directory).glob(".*.tmp"):
+def remove_partial(directory: str | os.PathLike, name: str = "*") -> None:
+    """Delete the temporary files and directories for `name` (a glob) that a killed run left directly in `directory`."""
+    for path in Path(directory).glob(f".{name}.tmp"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -263,6 +263,14 @@ def test_any_number_of_processes_writes_the_same_shards(tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
 
 
+def test_a_process_clears_the_remains_of_its_own_shards_alone(tmp_path):
+    """The half file of another process may be one that it is writing now."""
+    for shard in (0, 1):
+        (tmp_path / f".shard-{shard:05d}-0123.parquet.tmp").write_bytes(b"half")
+    write(tmp_path, process_index=0, num_processes=2)
+    assert [path.name for path in tmp_path.glob(".*.tmp")] == [".shard-00001-0123.parquet.tmp"]
+
+
 def test_no_examples_and_no_shards(tmp_path):
     with pytest.raises(ValueError, match="holds no whole shard"):
         read_generations(tmp_path)
