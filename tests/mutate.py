@@ -176,7 +176,7 @@ MUTATIONS = [
     ),
     *both(
         "12 -inf logit in the gradient: 0 * inf",
-        ("log_p.clamp_(min=torch.finfo(m.dtype).min)", "log_p"),
+        (".masked_fill_(p == 0, 0)", ""),
         ("tl.where(p == 0.0, 0.0, p * factor)", "p * factor"),
     ),
     # 13. One copy of the loss

@@ -121,10 +121,8 @@ def dlogits_(
         else:
             assert entropy is not None
             p = log_p.exp()
-            factor = (
-                log_p.clamp_(min=torch.finfo(m.dtype).min).add_(entropy[tile].unsqueeze(1)).mul_(-h[tile].unsqueeze(1))
-            )
-            # p = 0 may meet an overflow of the factor, whose product would be nan.
+            factor = log_p.add_(entropy[tile].unsqueeze(1)).mul_(-h[tile].unsqueeze(1))
+            # p = 0 meets an infinite factor, whose product would be nan.
             dz = factor.add_(base.unsqueeze(1)).mul_(p).masked_fill_(p == 0, 0)
         if g is not None:
             local = targets[tile]
