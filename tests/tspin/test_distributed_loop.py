@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from test_loop import METHODS, make_toy, outcome, toy_config
 
 from tspin import generate, storage
+from tspin.cli import main
 from tspin.config import SelfPlayConfig
 from tspin.generate import read_generations
 from tspin.loop import SelfPlay
@@ -187,6 +188,26 @@ def test_two_processes_sample_the_same_rows_and_train_to_the_same_weights(toy, t
 def test_a_run_of_two_processes_is_not_continued_by_one(toy, two_processes):
     with pytest.raises(ValueError, match="of 2 processes, now there are 1; launch as many"):
         SelfPlay(toy_config(toy, two_processes, method="tspin_ref")).run()
+
+
+def test_the_single_steps_on_two_processes_do_what_one_does(toy, two_processes, tmp_path, capsys):
+    """`tspin generate`, `train` and `eval`: the same rows, weights to rounding, one result printed once."""
+    config = toy_config(toy, tmp_path / "unused", method="tspin_ref", per_device_train_batch_size=8)
+    config.save(tmp_path / "config.yaml")
+    triplets = str(two_processes / "iter_00" / "triplets.parquet")
+    for command, *words in (["generate"], ["train", "--triplets", triplets], ["eval"]):
+        words = [command, *words, "--config", str(tmp_path / "config.yaml"), "--output_dir"]
+        assert main([*words, str(tmp_path / f"{command}-1")]) == 0
+        printed = capsys.readouterr().out
+        half = ["--per_device_train_batch_size", "4"]
+        done = launch("-m", "tspin", *words, str(tmp_path / f"{command}-2"), *half)
+        assert done.returncode == 0, done.stderr[:6000]
+    one, two = (read_generations(tmp_path / f"generate-{n}") for n in (1, 2))
+    assert one == two and len(one) == 24
+    weights = [load_file(tmp_path / f"train-{n}" / "model" / "model.safetensors") for n in (1, 2)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5)
+    assert json.loads(done.stdout) == pytest.approx(json.loads(printed), rel=1e-4)
 
 
 @pytest.mark.parametrize("event", ["next_tokens", "safe_save_file"])
