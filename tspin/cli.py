@@ -285,6 +285,7 @@ def _env(args: argparse.Namespace, words: list[str]) -> None:
     import torch
 
     facts = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    facts["torch"] = torch.__version__
     devices = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
     facts |= {"CUDA device": ", ".join(devices) or "none", "platform": platform.platform()}
     print("\n".join(f"{name:14}{value}" for name, value in facts.items()))

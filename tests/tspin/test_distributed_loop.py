@@ -4,6 +4,7 @@ Run as a script it is what these tests start: it kills itself at a chosen event 
 saved, an optimizer step, a token sampled), without any help from the packages.
 """
 
+import inspect
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import torch
 import transformers.modeling_utils
 from safetensors.torch import load_file
 from test_loop import METHODS, make_toy, outcome, toy_config
+from transformers import Trainer
 
 from tspin import generate, storage
 from tspin.cli import main
@@ -210,6 +212,11 @@ def test_the_single_steps_on_two_processes_do_what_one_does(toy, two_processes, 
     assert json.loads(done.stdout) == pytest.approx(json.loads(printed), rel=1e-4)
 
 
+# Fixed in transformers at some version after 5.17; processes with a GPU of their own were never affected.
+LOADS_ONTO_CPU = 'device.type != "cpu"' in inspect.getsource(Trainer._load_optimizer_and_scheduler)
+
+
+@pytest.mark.skipif(not LOADS_ONTO_CPU, reason="this transformers loads the optimizer of a CPU process onto cpu:0")
 @pytest.mark.parametrize("event", ["next_tokens", "safe_save_file"])
 def test_a_killed_process_of_two_costs_nothing(toy, two_processes, tmp_path, event):
     # next_tokens is called by the second process as well; only the first one saves.
