@@ -244,7 +244,8 @@ def _eval(args: argparse.Namespace, words: list[str]) -> None:
     from accelerate.utils import gather_object
 
     from tspin.data import load_examples
-    from tspin.evaluate import evaluate, merge_evaluations, scoring_options
+    from tspin.evaluate import evaluate, merge_evaluations
+    from tspin.scoring import scoring_options
 
     training, tokenizer = _training_args(config), _tokenizer(config)
     autocast_dtype, state = _autocast(config), PartialState()

@@ -17,9 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tspin.data import Example, TripletCollator
 from tspin.generate import Generation, generate_responses, read_generations, sample_responses
-from tspin.model import probe_head, score_references
+from tspin.scoring import score_references
 from tspin.storage import hash_json, read_shard, write_shard
-from tspin.trainer import TSPINConfig
 
 GREEDY, SAMPLED = "greedy", "sampled"
 
@@ -68,7 +67,7 @@ def score_pairs(
 ) -> tuple[list[float], list[float]]:
     """Summed log-probs (nats) under the model of the annotated responses, and of `generations` (by row; may be None).
 
-    scoring: `fused` and `memory_budget`, as `tspin.model.score_references`.
+    scoring: as `tspin.scoring.scoring_options`.
     """
     members = ("chosen",) if generations is None else ("chosen", "rejected")
     features = [{"prompt_ids": e.prompt_ids, "chosen_ids": e.response_ids} for e in examples]
@@ -119,7 +118,7 @@ def evaluate(
 
     Args:
         directory: where `generate_answers` has written the responses; None samples them here and keeps none.
-        scoring: `fused` and `memory_budget`, as `tspin.model.score_references`.
+        scoring: as `tspin.scoring.scoring_options`.
     Returns:
         exact_match: greedy; exact_match_sampled: at temperature 1 (absent unless `sampled`); logprob: mean summed
         log-prob of the annotated responses, nats; nll_per_token: nats; truncated_greedy: share of greedy responses that were
@@ -193,19 +192,6 @@ def generate_answers(
             desc=f"answer, {mode}",
             **settings,
         )
-
-
-def scoring_options(args: TSPINConfig, model: PreTrainedModel) -> dict[str, Any]:
-    """How to score without a trainer: through the head where `args.fused` and the model allow it."""
-    fused = args.fused != "off"
-    if fused:
-        try:
-            probe_head(model)
-        except ValueError:
-            if args.fused == "on":
-                raise
-            fused = False
-    return {"fused": fused, "memory_budget": args.memory_budget}
 
 
 def write_references(

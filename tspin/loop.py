@@ -31,10 +31,11 @@ from transformers.utils.logging import disable_progress_bar
 from tspin import storage
 from tspin.config import SelfPlayConfig
 from tspin.data import Example, TripletCollator, build_triplets, load_examples
-from tspin.evaluate import evaluate, fresh_pairs, generate_answers, read_references, scoring_options, write_references
+from tspin.evaluate import evaluate, fresh_pairs, generate_answers, read_references, write_references
 from tspin.generate import derived_seed, generate_responses, read_generations
 from tspin.model import load_model, load_tokenizer, lora_config
 from tspin.report import iteration_table, write_report
+from tspin.scoring import scoring_options
 from tspin.trainer import TSPINConfig, TSPINTrainer
 
 logger = logging.getLogger(__name__)

@@ -12,14 +12,13 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,6 +28,8 @@ from transformers import (
     set_seed,
 )
 
+from tspin.prefix import NAME as PREFIX_ATTENTION
+from tspin.prefix import layout_inputs
 from tspin_kernels import SequenceStats, linear_logprobs, linear_sequence_loss, sequence_loss
 
 if TYPE_CHECKING:
@@ -129,13 +130,13 @@ class Head:
     softcap: float | None
 
 
-def _causal_lm(model: nn.Module) -> PreTrainedModel:
-    # A peft wrapper carries the adapted model inside; everything else is the model itself.
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model: the adapted one inside a peft wrapper, everything else as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore
 
 
 def _head_module(model: nn.Module) -> nn.Module:
-    core = _causal_lm(model)
+    core = causal_lm(model)
     head = core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None
     if head is None or core.base_model is core:
         raise ValueError(
@@ -171,7 +172,7 @@ def head_of(model: nn.Module) -> Head:
         ValueError: the model has no head or trunk, or its head carries an adapter other than plain LoRA.
     """
     module = _head_module(model)
-    config = _causal_lm(model).config.get_text_config()
+    config = causal_lm(model).config.get_text_config()
     number = lambda key: value if isinstance(value := getattr(config, key, None), int | float) and value else None
     scale = (number("logit_scale") or 1.0) * (number("lm_head_multiplier") or 1.0) / (number("logits_scaling") or 1.0)
     softcap = number("final_logit_softcapping") or number("logits_soft_cap")
@@ -189,7 +190,7 @@ def probe_head(model: nn.Module) -> None:
     Raises:
         ValueError: they differ, so the model cannot be scored through its head.
     """
-    head, core = head_of(model), _causal_lm(model)
+    head, core = head_of(model), causal_lm(model)
     V = head.weight.shape[0]
     input_ids = (torch.arange(1, 9, device=head.weight.device) * 7 % V)[None]
     mask = torch.ones_like(input_ids)
@@ -308,9 +309,11 @@ class ScoreRequest:
 
 
 def _score(model: nn.Module, plain_forward: Callable, score: ScoreRequest, **inputs) -> tuple[Tensor, SequenceStats]:
+    if "prefix_layout" in inputs and causal_lm(model).config._attn_implementation != PREFIX_ATTENTION:
+        raise ValueError("batch: rows that share prompts are scored inside tspin.prefix.share_prompts(model); got none")
     groups = {name: getattr(score, name) for name in ("group_size", "group_inputs", "num_groups", "normalizer")}
     if score.fused:
-        hidden = _causal_lm(model).base_model(**inputs, use_cache=False).last_hidden_state
+        hidden = causal_lm(model).base_model(**inputs, use_cache=False).last_hidden_state
         head = head_of(model)
         return linear_sequence_loss(
             *(hidden.flatten(0, 1), head.weight, score.targets, score.sequence_ids, score.loss_fn, head.bias),  # type: ignore
@@ -358,53 +361,13 @@ def install_scoring(model: nn.Module) -> None:
     model._scores_sequences = True  # type: ignore
 
 
-def score_batch(model: nn.Module, batch: dict[str, Tensor], loss_fn: Callable[..., Tensor], **request):
+def score_batch(model: nn.Module, batch: dict[str, Any], loss_fn: Callable[..., Tensor], **request):
     """(loss, SequenceStats [B, G]) of a `TripletCollator` batch; `request` are further fields of ScoreRequest."""
+    inputs, layout = {"attention_mask": batch["attention_mask"]}, batch.get("prefix_layout")
+    if layout is not None:
+        inputs = layout_inputs(layout, batch["input_ids"].device)
     groups, members = batch["lengths"].shape
     score = ScoreRequest(
         batch["rows"], batch["targets"], batch["sequence_ids"], loss_fn, members, num_groups=groups, **request
     )
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], score=score)
-
-
-@torch.no_grad()
-def score_references(
-    model: nn.Module,
-    dataset: Sequence[dict[str, Any]],
-    collator: Callable[[list[dict]], dict[str, Tensor]],
-    *,
-    batch_size: int = 8,
-    memory_budget: int | None = None,
-    fused: bool = True,
-    desc: str = "reference log-probs",
-) -> dict[str, list[float]]:
-    """Summed log-probs (nats) of every member of every row under the model, without gradient, in the dataset's order.
-
-    Args:
-        model: a causal LM; dropout is inactive while scoring.
-        dataset: rows with the token id columns of `tspin.data.build_triplets`.
-        collator: a `TripletCollator`; its `members` name the columns that come back.
-        batch_size: rows per forward pass.
-        memory_budget: bytes for the head, as in `linear_sequence_loss`.
-        fused: False takes the model's own logits, for models that `probe_head` refuses.
-        desc: label of the progress bar.
-    Returns:
-        {"ref_<member>_logps": [len(dataset)]}, ready to be added as columns.
-    """
-    install_scoring(model)
-    device = next(model.parameters()).device
-    columns: dict[str, list[float]] = {f"ref_{member}_logps": [] for member in collator.members}  # type: ignore
-    was_training = model.training
-    model.eval()
-    try:
-        for start in tqdm(range(0, len(dataset), batch_size), desc=desc, disable=None):
-            features = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-            batch = {name: tensor.to(device) for name, tensor in collator(features).items()}
-            _, sequences = score_batch(
-                model, batch, lambda s: s.logprobs[:, 0], entropy=False, memory_budget=memory_budget, fused=fused
-            )
-            for column, values in zip(columns.values(), sequences.logprobs.T.tolist(), strict=True):
-                column.extend(values)
-    finally:
-        model.train(was_training)
-    return columns
+    return model(input_ids=batch["input_ids"], **inputs, score=score)

@@ -2,14 +2,16 @@
 
 No model is patched. The layout of a row travels as a forward keyword to the attention function, which lets each response
 see the prompt and itself. Positions are those of separate rows, so rotary embeddings and sliding windows are too. Models whose
-layers mix tokens by anything but softmax attention are refused; one that derives positions from its mask (OPT) is not noticed
-here, so a caller compares a first batch with separate rows. The trainer does not use this module yet.
+layers mix tokens by anything but softmax attention are refused; one that makes masks of its own (Doge) is not noticed here, so
+`tspin.scoring.verify_packed_row` compares a first batch with separate rows.
 
 P tokens of a prompt, L of a response, T of a packed row; H query heads, d their width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,15 @@ class PrefixLayout:
     it. A group starts where the last one ended."""
 
     groups: tuple[tuple[int, tuple[int, ...]], ...]
+
+    def responses(self) -> Iterator[tuple[slice, slice]]:
+        """Where the prompt and where the response of each member lies in the row."""
+        start = 0
+        for P, lengths in self.groups:
+            prompt, start = slice(start, start + P), start + P
+            for L in lengths:
+                yield prompt, slice(start, start + L)
+                start += L
 
     def position_ids(self) -> Tensor:
         """[1, T] int64: each response continues its prompt."""
@@ -51,7 +62,7 @@ def _attend(
     query: Tensor,  # [B, H, L, d]
     key: Tensor,  # [B, H_kv, S, d]
     value: Tensor,  # [B, H_kv, S, d]
-    visible: Tensor | None,  # bool, broadcast to [B, H, L, S]; None: causal
+    visible: Tensor | None,  # bool, broadcast to [B, H, L, S]; None: causal, for L of 1 or S
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,  # [H] logits of an extra key without value
@@ -59,7 +70,7 @@ def _attend(
     H, L, S = query.shape[1], query.shape[2], key.shape[2]
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(
-            query, key, value, visible, is_causal=visible is None, scale=scaling, enable_gqa=key.shape[1] != H
+            query, key, value, visible, is_causal=visible is None and L > 1, scale=scaling, enable_gqa=key.shape[1] != H
         )
     repeats = H // key.shape[1]
     scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) * scaling
@@ -126,17 +137,25 @@ def refusal(model: PreTrainedModel) -> str | None:
         return "its layers carry a recurrent state"
     if not getattr(model, "_supports_attention_backend", False):
         return f"{type(model).__name__} does not take a registered attention function"
+    if getattr(config, "output_router_logits", False):
+        return "its router's loss reads a padding mask (output_router_logits)"
     return None
 
 
-def share_prompts(model: PreTrainedModel) -> None:
-    """Switch the model to the attention that understands a `prefix_layout`; ValueError where `refusal` has a reason."""
+@contextmanager
+def share_prompts(model: PreTrainedModel) -> Iterator[None]:
+    """Inside it the model has the attention that understands a `prefix_layout`; ValueError where `refusal` has a reason."""
     reason = refusal(model)
     if reason is not None:
         raise ValueError(
             f"prefix_sharing: {type(model).__name__} cannot share prompts: {reason}; use prefix_sharing='off'"
         )
+    before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def layout_inputs(layout: PrefixLayout, device: torch.device) -> dict[str, Any]:

@@ -17,23 +17,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tspin.prefix import PrefixLayout
 from tspin_kernels import SequenceStats
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 
 
-def one_by_one(batch: Batch) -> Iterator[Batch]:
-    """Each row of a `TripletCollator` batch as a batch of one group with one member, without its padding."""
-    width = batch["input_ids"].shape[1]
-    for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
-        mine = batch["sequence_ids"] == row
+def _rows(batch: Batch) -> Iterator[Tensor]:
+    """[1, P + L] ids of the prompt and each response, without padding."""
+    ids, layout = batch["input_ids"], batch.get("prefix_layout")
+    if layout is None:
+        for row, length in zip(ids, batch["attention_mask"].sum(1).tolist(), strict=True):
+            yield row[None, :length]
+    else:
+        for prompt, own in layout.responses():
+            yield torch.cat([ids[:, prompt], ids[:, own]], 1)
+
+
+def one_by_one(batch: Batch, *, packed: bool | None = None) -> Iterator[Batch]:
+    """Each response of a `TripletCollator` batch, after its prompt, as a batch of one group with one member.
+
+    packed: whether these batches carry a layout, for the attention of `tspin.prefix`; default as the batch does.
+    """
+    packed = "prefix_layout" in batch if packed is None else packed
+    lengths = batch["lengths"].view(-1)
+    targets = batch["targets"].split(lengths.tolist())
+    for row, target, length in zip(_rows(batch), targets, lengths, strict=True):
+        T, L = row.shape[1], len(target)
         yield {
-            "input_ids": batch["input_ids"][row : row + 1, :length],
-            "attention_mask": batch["attention_mask"][row : row + 1, :length],
-            "rows": batch["rows"][mine] - row * width,
-            "targets": batch["targets"][mine],
-            "sequence_ids": torch.zeros_like(batch["sequence_ids"][mine]),
-            "lengths": batch["lengths"].view(-1)[row].view(1, 1),
+            "input_ids": row,
+            "attention_mask": torch.ones_like(row),
+            "rows": torch.arange(T - L - 1, T - 1, device=row.device),
+            "targets": target,
+            "sequence_ids": torch.zeros_like(target),
+            "lengths": length.view(1, 1),
+            **({"prefix_layout": PrefixLayout(((T - L, (L,)),))} if packed else {}),
         }
 
 

@@ -10,25 +10,27 @@ B triplets of a batch, G members of a triplet (chosen = real, rejected = synthet
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from tspin.data import MEMBERS, TripletCollator, tokenize_triplets
-from tspin.model import add_adapter, install_scoring, load_model, probe_head, score_batch, warn_of_rounded_steps
+from tspin.metrics import Meter, reduced, triplet_metrics
+from tspin.model import add_adapter, causal_lm, install_scoring, load_model, score_batch, warn_of_rounded_steps
+from tspin.prefix import share_prompts
+from tspin.scoring import scoring_options, verify_packed_row
 from tspin.sequential import backward_one_by_one
 from tspin_kernels import SequenceStats, sft_loss, spin_loss, tspin_loss, tspin_ref_loss
 
 logger = logging.getLogger(__name__)
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 
 
 class NonFiniteLossError(ValueError):
@@ -59,6 +61,9 @@ class TSPINConfig(TrainingArguments):
         fused: "on" scores through the output head without [N, V] logits and refuses models where that is inexact;
             "off" takes the model's logits; "auto" is "on" where it is exact, otherwise "off" with a warning.
         memory_budget: bytes that the head may use for blocks of logits; None lets the op choose.
+        prefix_sharing: "on" computes the prompt of a triplet once, in one row `[x, y, y', y0]`, and packs a micro-batch into it
+            without padding; refuses models that cannot. "off" gives every response a row of its own; "auto" is "on" where the
+            architecture allows it. The first batch of a run is compared with separate rows, and a difference stops it.
         sequential_backward: "on" runs the backward one response at a time, in the activation memory of the longest one and
             about a third more time; "auto" does where the joint pass would not fit the GPU.
     """
@@ -77,6 +82,7 @@ class TSPINConfig(TrainingArguments):
     max_length: int = 2048
     fused: Literal["auto", "on", "off"] = "auto"
     memory_budget: int | None = None
+    prefix_sharing: Literal["auto", "on", "off"] = "auto"
     sequential_backward: Literal["auto", "on", "off"] = "auto"
 
     learning_rate: float = 5e-7
@@ -91,13 +97,13 @@ class TSPINConfig(TrainingArguments):
 
     def __post_init__(self):
         # YAML 1.1 reads on and off as booleans.
-        for name in ("fused", "sequential_backward"):
+        for name in ("fused", "prefix_sharing", "sequential_backward"):
             if isinstance(getattr(self, name), bool):
                 setattr(self, name, "on" if getattr(self, name) else "off")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         hints = get_type_hints(TSPINConfig)
-        for name in ("method", "loss_type", "logp_reduction", "fused", "sequential_backward"):
+        for name in ("method", "loss_type", "logp_reduction", "fused", "prefix_sharing", "sequential_backward"):
             if getattr(self, name) not in get_args(hints[name]):
                 raise ValueError(f"{name}: want one of {get_args(hints[name])}, got {getattr(self, name)!r}")
         for name in ("alpha", "lam", "max_length", "beta", "beta_first_iteration", "sft_coef"):
@@ -122,14 +128,6 @@ class TSPINConfig(TrainingArguments):
         return MEMBERS[: 1 if self.method == "sft" else 3 if self.beta_at(iteration) else 2]
 
 
-def _reduced(args: TSPINConfig, sequences: SequenceStats, ref_logps: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Log-probs [B, G] and references [B, G] as sums or means over tokens, as the loss sees them."""
-    if args.logp_reduction == "sum":
-        return sequences.logprobs, ref_logps
-    lengths = sequences.lengths.clamp(min=1)
-    return sequences.logprobs / lengths, None if ref_logps is None else ref_logps / lengths
-
-
 def method_loss_fn(args: TSPINConfig, beta: float) -> Callable[..., Tensor]:
     """The loss of `args.method` as `loss_fn(sequences, keep, ref_logps=None) -> [B]`, on the fused and the plain path.
 
@@ -145,7 +143,7 @@ def method_loss_fn(args: TSPINConfig, beta: float) -> Callable[..., Tensor]:
     def loss_fn(sequences: SequenceStats, keep: Tensor, ref_logps: Tensor | None = None) -> Tensor:
         # Masked before the loss as well: an infinite slope times a masked 0 would be nan.
         sequences = sequences._replace(logprobs=torch.where(keep[:, None], sequences.logprobs, 0.0))
-        logps, refs = _reduced(args, sequences, ref_logps)
+        logps, refs = reduced(args, sequences, ref_logps)
         if args.method == "sft":
             loss = sft_loss(logps[:, 0])
         elif args.method == "spin":
@@ -165,57 +163,6 @@ def method_loss_fn(args: TSPINConfig, beta: float) -> Callable[..., Tensor]:
     return loss_fn
 
 
-def triplet_metrics(
-    args: TSPINConfig, members: tuple[str, ...], sequences: SequenceStats, batch: Batch
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """What is logged about a batch: name -> (numerators [B], denominators [B]), both to be summed and then divided.
-
-    logps are sums over tokens. Rewards are scaled log-probs, less the reference's where the method has one; u and v,
-    the margins of the rewards, are the arguments of the two losses.
-    """
-    logps, refs = _reduced(args, sequences, batch.get("ref_logps") if args.needs_references else None)
-    rewards: Tensor = (args.lam if args.method == "spin" else args.alpha) * (logps if refs is None else logps - refs)
-    entropy: Any = sequences.entropy
-    one, distinct = torch.ones_like(batch["identical"]), ~batch["identical"]
-    metrics = {"truncated": (batch["truncated"], one), "identical": (batch["identical"], one)}
-    for m, member in enumerate(members):
-        metrics[f"logps/{member}"] = (sequences.logprobs[:, m], one)
-        metrics[f"entropy/{member}"] = (entropy[:, m], sequences.lengths[:, m])
-        metrics[f"lengths/{member}"] = (sequences.lengths[:, m], one)
-        if len(members) > 1:
-            metrics[f"rewards/{member}"] = (rewards[:, m], one)
-    if len(members) > 1:
-        u = rewards[:, 0] - rewards[:, 1]
-        misaligned = (u > 0) & (logps[:, 0] < logps[:, 1])
-        metrics["rewards/margins"] = (u, one)
-        metrics["rewards/accuracies"] = ((u > 0) & distinct, distinct)
-        metrics["misaligned"] = (misaligned & distinct, distinct)
-        metrics["weights/current"] = (torch.sigmoid(-u), one)
-        metrics["saturated"] = (torch.sigmoid(-u) < 0.01, one)
-    if len(members) > 2:
-        v = rewards[:, 1] - rewards[:, 2]
-        metrics["rewards/history_margins"] = (v, one)
-        metrics["weights/history"] = (torch.sigmoid(-v), one)
-    counted = batch["counted"]
-    return {name: (torch.where(counted, a, 0), torch.where(counted, b, 0)) for name, (a, b) in metrics.items()}
-
-
-class _Meter:
-    """Numerators and denominators summed on the device; summed over ranks and divided when the means are taken."""
-
-    def __init__(self):
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, metrics: dict[str, tuple[Tensor, Tensor]]) -> None:
-        for name, pair in metrics.items():
-            self.sums[name] = self.sums.get(name, 0.0) + torch.stack([x.detach().double().sum() for x in pair])
-
-    def take(self, accelerator: Accelerator) -> dict[str, float]:
-        sums: Any = accelerator.reduce(torch.stack(list(self.sums.values())), "sum")
-        names, self.sums = list(self.sums), {}
-        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
-
-
 class TSPINTrainer(Trainer):
     """Trainer of one iteration of self-play.
 
@@ -226,7 +173,8 @@ class TSPINTrainer(Trainer):
             columns prompt, chosen, rejected (and proto), as text or messages.
         processing_class: the tokenizer; needed for text rows.
         peft_config: wraps the model in this adapter first; prompt-learning methods are refused.
-        data_collator: default TripletCollator for the members that the method scores.
+        data_collator: default TripletCollator for the members that the method scores. One that is given decides whether rows
+            are packed, which needs prefix_sharing.
         iteration: of the loop, from 0; it chooses between beta and beta_first_iteration.
     Raises:
         ValueError: a model that cannot be scored exactly, missing columns, reference methods without references.
@@ -257,7 +205,7 @@ class TSPINTrainer(Trainer):
             args._n_gpu = 1
         self.beta = args.beta_at(iteration)
         self.members = args.members_at(iteration)
-        self._meter = _Meter()
+        self._meter = Meter()
         self._clock: float | None = None
         self.sequential = args.sequential_backward == "on"
         model = load_model(model) if isinstance(model, str) else model
@@ -267,8 +215,6 @@ class TSPINTrainer(Trainer):
         train_dataset, eval_dataset = (
             _with_ids(dataset, args, self.members, processing_class) for dataset in (train_dataset, eval_dataset)
         )
-        pad = getattr(processing_class, "pad_token_id", None) or 0
-        data_collator = data_collator or TripletCollator(pad_token_id=pad, members=self.members)
         super().__init__(
             *(model, args, data_collator, train_dataset, eval_dataset, processing_class),  # type: ignore
             callbacks=callbacks,
@@ -284,25 +230,40 @@ class TSPINTrainer(Trainer):
         # The loss is already divided by the count of get_batch_samples: Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self.loss_fn = method_loss_fn(args, self.beta)
-        self.fused = args.fused != "off"
-        if self.fused:
-            try:
-                probe_head(self.model)
-            except ValueError as refusal:
-                if args.fused == "on":
-                    raise
-                logger.warning("%s; fused='auto' now takes the model's logits", refusal)
-                self.fused = False
+        self.scoring = scoring_options(args, self.model)
+        self.sharing: bool = self.scoring.pop("prefix_sharing")
+        if data_collator is None:
+            pad = getattr(processing_class, "pad_token_id", None) or 0
+            self.data_collator = TripletCollator(pad, self.members, packed=self.sharing)
+
+    def _sharing_prompts(self) -> AbstractContextManager:
+        return share_prompts(causal_lm(self.model)) if self.sharing else nullcontext()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer.train; ValueError from the first batch where a row that shares its prompt differs from separate rows."""
+        self._switched = not self.sharing
+        with ExitStack() as self._run:
+            return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list[Batch], Tensor]:
         """The micro-batches of one optimizer step, and how many triplets all ranks keep in it."""
         self._clock = self._clock or time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and not self._switched:
+            self._verify(batches[0])
+            self._run.enter_context(self._sharing_prompts())
+            self._switched = True
         for batch in batches:
             batch["counted"] = self._counted(batch, batch is batches[-1], self.train_dataset)
         kept = sum((self._kept(batch).sum() for batch in batches), torch.zeros((), device=device))
         total: Any = self.accelerator.reduce(kept, "sum")
         return batches, total.clamp(min=1)
+
+    def _verify(self, batch: Batch) -> None:
+        if "prefix_layout" in batch:
+            reduce = partial(self.accelerator.reduce, reduction="sum")
+            with self.compute_loss_context_manager():
+                verify_packed_row(self.model_wrapped, batch, core=self.model, reduce=reduce, **self.scoring)
 
     def _counted(self, batch: Batch, may_be_last: bool, dataset: Any) -> Tensor:
         """[B] bool, False for rows that accelerate repeats to fill the last round of an epoch on every rank."""
@@ -315,8 +276,8 @@ class TSPINTrainer(Trainer):
         """[B] bool: triplets that the loss sees."""
         return batch["counted"] & ~batch["identical"] if self.args.drop_identical else batch["counted"]
 
-    def _score(self, model: nn.Module, batch: Batch, normalizer: Any, meter: _Meter) -> tuple[Tensor, SequenceStats]:
-        score = partial(score_batch, model, memory_budget=self.args.memory_budget, fused=self.fused)
+    def _score(self, model: nn.Module, batch: Batch, normalizer: Any, meter: Meter) -> tuple[Tensor, SequenceStats]:
+        score = partial(score_batch, model, **self.scoring)
         request: dict[str, Any] = {
             "group_inputs": (self._kept(batch), *([batch["ref_logps"]] if self.args.needs_references else [])),
             "normalizer": normalizer,
@@ -381,15 +342,16 @@ class TSPINTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Loss and the training metrics as means over the kept and the counted triplets of all ranks."""
-        meter = _Meter()
+        meter = Meter()
         self.callback_handler.eval_dataloader = dataloader  # type: ignore
         self.model.eval()
-        for batch in dataloader:
-            batch = self._prepare_inputs(batch)
-            batch["counted"] = self._counted(batch, True, dataloader.dataset)
-            loss, _ = self._score(self.model, batch, 1.0, meter)
-            meter.add({"loss": (loss, self._kept(batch))})
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        with self._sharing_prompts():
+            for batch in dataloader:
+                batch = self._prepare_inputs(batch)
+                batch["counted"] = self._counted(batch, True, dataloader.dataset)
+                loss, _ = self._score(self.model, batch, 1.0, meter)
+                meter.add({"loss": (loss, self._kept(batch))})
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in meter.take(self.accelerator).items()}
         return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))  # type: ignore
 
@@ -412,7 +374,7 @@ def _with_ids(
         wanted += [f"ref_{member}_logps" for member in members]
     missing = [name for name in wanted if name not in dataset[0]]
     if missing:
-        remedy = "add the columns of tspin.model.score_references" if "logps" in missing[0] else "add them"
+        remedy = "add the columns of tspin.scoring.score_references" if "logps" in missing[0] else "add them"
         raise ValueError(
             f"train_dataset: method {args.method!r} wants the columns {missing}, got {sorted(columns)}; {remedy}"
         )

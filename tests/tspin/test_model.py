@@ -19,8 +19,8 @@ from tspin.model import (
     load_tokenizer,
     probe_head,
     score_batch,
-    score_references,
 )
+from tspin.scoring import score_references
 
 V = 61
 SMALL = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as hf
 
-from tspin.prefix import PrefixLayout, layout_inputs, refusal, share_prompts
+from tspin.prefix import NAME, PrefixLayout, layout_inputs, refusal, share_prompts
 
 LAYOUT = PrefixLayout(((9, (5, 7, 3)), (4, (12, 1, 6))))
 SIZES = {
@@ -33,6 +33,8 @@ ACCEPTED = {
     "gpt-oss": lambda: hf.GptOssConfig(**SIZES, **WINDOW, **EXPERTS),
     "phi3": lambda: hf.Phi3Config(**SIZES, **WINDOW),
     "olmo2": lambda: hf.Olmo2Config(**SIZES),
+    "mixtral": lambda: hf.MixtralConfig(**SIZES, **EXPERTS),
+    "opt": lambda: hf.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
 }
 REFUSED = {
     "lfm2": lambda: hf.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]),
@@ -90,13 +92,13 @@ def test_a_packed_row_equals_separate_rows(name, checkpointing):
     apart = _logits_apart(model, ids)
     weights = [torch.randn(one.shape, generator=torch.Generator().manual_seed(2)) for one in apart]
     want = _gradients(model, apart, weights)
-    share_prompts(model)
-    together = _logits_together(model, ids)
-    for one, other in zip(apart, together, strict=True):
-        assert (one.log_softmax(-1) - other.log_softmax(-1)).abs().max() < 1e-5 * max(1, one.abs().max())
-    for one, other in zip(want, _gradients(model, together, weights), strict=True):
-        assert (one - other).abs().max() < 1e-5 * max(1.0, one.abs().max())
-    again = _logits_apart(model, ids)
+    with share_prompts(model):
+        together = _logits_together(model, ids)
+        for one, other in zip(apart, together, strict=True):
+            assert (one.log_softmax(-1) - other.log_softmax(-1)).abs().max() < 1e-5 * max(1, one.abs().max())
+        for one, other in zip(want, _gradients(model, together, weights), strict=True):
+            assert (one - other).abs().max() < 1e-5 * max(1.0, one.abs().max())
+        again = _logits_apart(model, ids)
     assert all((one - other).abs().max() < 1e-4 for one, other in zip(apart, again, strict=True))
 
 
@@ -105,16 +107,14 @@ def test_layers_that_are_not_softmax_attention_are_refused(name):
     with torch.device("meta"):
         model = hf.AutoModelForCausalLM.from_config(REFUSED[name]())
     assert refusal(model)
-    with pytest.raises(ValueError, match=r"prefix_sharing: .* cannot share prompts: its layers"):
-        share_prompts(model)
+    with pytest.raises(ValueError, match=r"prefix_sharing: .* cannot share prompts: its layers"), share_prompts(model):
+        pass
 
 
 def test_responses_do_not_see_each_other():
     """Changing one response changes no other one's logits; changing the prompt changes them all."""
     model = _build(ACCEPTED["llama"]())
-    share_prompts(model)
     ids = torch.randint(3, 64, (1, sum(P + sum(lengths) for P, lengths in LAYOUT.groups)))
-    before = _logits_together(model, ids)
 
     def moved(position):
         changed = ids.clone()
@@ -122,5 +122,21 @@ def test_responses_do_not_see_each_other():
         pairs = zip(before, _logits_together(model, changed), strict=True)
         return [not torch.equal(one, other) for one, other in pairs]
 
-    assert moved(9) == [True] + [False] * 5
-    assert moved(0) == [True] * 3 + [False] * 3
+    with share_prompts(model):
+        before = _logits_together(model, ids)
+        assert moved(9) == [True] + [False] * 5
+        assert moved(0) == [True] * 3 + [False] * 3
+
+
+def test_the_switch_leaves_no_trace(tmp_path):
+    model = _build(ACCEPTED["qwen3"]()).eval()
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    before = model.generate(ids, max_new_tokens=5, do_sample=False)
+    with share_prompts(model):
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), before)
+        model.save_pretrained(tmp_path)
+    assert model.config._attn_implementation == "eager" and NAME not in (tmp_path / "config.json").read_text()
+    with pytest.raises(ZeroDivisionError), share_prompts(model):
+        1 / 0  # noqa: B018
+    assert model.config._attn_implementation == "eager"

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 
 from tspin.data import TripletCollator
-from tspin.model import score_references
+from tspin.scoring import score_references
 from tspin.trainer import NonFiniteLossError, TSPINConfig, TSPINTrainer, method_loss_fn
 from tspin_kernels import SequenceStats
 
@@ -177,7 +177,7 @@ def test_fused_and_plain_training_agree(tmp_path, method, extra):
     rows = triplets(5, references=True)
     fused, logs, trainer = train(tmp_path, rows, method=method, fused="on", **extra)
     plain, plain_logs, _ = train(tmp_path, rows, method=method, fused="off", **extra)
-    assert trainer.fused and (fused[-1] - parameters(build())).abs().max() > 1e-3
+    assert trainer.scoring["fused"] and (fused[-1] - parameters(build())).abs().max() > 1e-3
     assert_close(fused, plain)
     for log, plain_log in zip(logs, plain_logs, strict=True):
         same = set(log) - {"tokens_per_second"}
@@ -337,9 +337,9 @@ def test_auto_takes_the_logits_where_the_head_is_not_exact_and_says_so(tmp_path,
         model.lm_head.register_forward_pre_hook(halve)
     with pytest.raises(ValueError, match="fused='off'"):
         train(tmp_path, rows, models[0], fused="on")
-    with caplog.at_level(logging.WARNING, logger="tspin.trainer"):
+    with caplog.at_level(logging.WARNING, logger="tspin.scoring"):
         points, _, trainer = train(tmp_path, rows, models[1])
-    assert not trainer.fused and "takes the model's logits" in caplog.text
+    assert not trainer.scoring["fused"] and "takes the model's logits" in caplog.text
     assert_close(points, train(tmp_path, rows, models[2], fused="off")[0], 0)
 
 

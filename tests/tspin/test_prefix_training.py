@@ -1,0 +1,163 @@
+"""Training, evaluation and references with shared prompts are those of separate rows, and a model that cannot is refused."""
+
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig
+from test_trainer import METHODS, V, build, parameters, train, triplets
+from transformers import DogeConfig, DogeForCausalLM
+
+from tspin.data import TripletCollator
+from tspin.model import add_adapter, install_scoring, score_batch
+from tspin.prefix import NAME, share_prompts
+from tspin.scoring import score_references, verify_packed_row
+from tspin.trainer import TSPINConfig, TSPINTrainer
+
+CASES = {method: {"method": method} for method in METHODS} | {
+    "one by one": {"sequential_backward": "on"},
+    "regularised": {"entropy_coef": 0.3, "sft_coef": 0.2, "logp_reduction": "mean", "drop_identical": True},
+    "plain": {"fused": "off"},
+    "lora": {"lora": True},
+    "adam": {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1},
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "not reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+}
+
+
+def run(tmp_path, options, sharing, rows=None, **more):
+    options = {"per_device_train_batch_size": 3, "alpha": 0.3} | options
+    model = build()
+    if options.pop("lora", False):
+        adapter = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+        model = add_adapter(model, adapter, seed=0)
+    rows = rows or triplets(7, identical=(2,), references=True)
+    return train(tmp_path, rows, model, prefix_sharing=sharing, **options, **more)
+
+
+def same_training(one, other):
+    points, logs, _ = one
+    others, other_logs, _ = other
+    assert (points[-1] - points[0]).abs().max() > 1e-3
+    torch.testing.assert_close(points, others, rtol=1e-5, atol=1e-5)
+    for log, other_log in zip(logs, other_logs, strict=True):
+        assert set(log) == set(other_log)
+        shared = set(log) - {"tokens_per_second"}
+        assert {k: log[k] for k in shared} == pytest.approx({k: other_log[k] for k in shared}, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_is_that_of_separate_rows(tmp_path, name):
+    shared = run(tmp_path, CASES[name], "on")
+    assert shared[2].sharing and shared[2].data_collator.packed
+    same_training(shared, run(tmp_path, CASES[name], "off"))
+
+
+def test_a_packed_batch_holds_every_prompt_once_and_no_padding():
+    rows = triplets(3)
+    rows[1]["chosen_ids"] = list(range(3, 43))
+    batch = TripletCollator(0, packed=True)(rows)
+    want = [token for row in rows for part in ("prompt", "chosen", "rejected", "proto") for token in row[f"{part}_ids"]]
+    assert batch["input_ids"].tolist() == [want]
+    padded = TripletCollator(0)(rows)
+    for name in ("targets", "sequence_ids", "lengths", "identical", "truncated"):
+        assert torch.equal(batch[name], padded[name])
+
+
+def test_evaluation_is_that_of_separate_rows_and_leaves_the_model_as_it_was(tmp_path):
+    rows, seen = triplets(5), {}
+    for sharing in ("on", "off"):
+        args = TSPINConfig(output_dir=str(tmp_path), use_cpu=True, per_device_eval_batch_size=2, prefix_sharing=sharing)
+        trainer = TSPINTrainer(build(), args, rows, rows, iteration=1)
+        before = trainer.model.config._attn_implementation
+        metrics = trainer.evaluate()
+        assert trainer.model.config._attn_implementation == before != NAME
+        seen[sharing] = {k: v for k, v in metrics.items() if "second" not in k and "time" not in k}
+    assert seen["on"] == pytest.approx(seen["off"], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("members", [("chosen",), ("chosen", "rejected"), ("chosen", "rejected", "proto")])
+def test_references_are_those_of_separate_rows(members):
+    model, rows, collator = build(), triplets(5), TripletCollator(0, members)
+    before = model.config._attn_implementation
+    shared = score_references(model, rows, collator, batch_size=2, prefix_sharing=True)
+    apart = score_references(model, rows, collator, batch_size=2)
+    assert model.config._attn_implementation == before != NAME
+    for name, values in apart.items():
+        assert shared[name] == pytest.approx(values, rel=1e-5, abs=1e-5)
+
+
+def test_shared_rows_outside_the_switch_are_refused():
+    model = build()
+    install_scoring(model)
+    batch = TripletCollator(0, packed=True)(triplets(2))
+    with pytest.raises(ValueError, match="share_prompts"):
+        score_batch(model, batch, lambda s: s.logprobs[:, 0])
+    with share_prompts(model):
+        score_batch(model, batch, lambda s: s.logprobs[:, 0])
+
+
+def loud(model):
+    """Weights that attend sharply, as trained ones do."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def doge():
+    """An architecture that adds a mask of its own making to the one it is given."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    model = DogeForCausalLM(DogeConfig(**sizes, num_attention_heads=2, pad_token_id=0))
+    return loud(model)
+
+
+def positions_of_the_row():
+    model = loud(build())
+    drop = lambda module, args, kwargs: (args, kwargs | {"position_ids": None})
+    model.model.register_forward_pre_hook(drop, with_kwargs=True)
+    return model
+
+
+def neighbours():
+    model = build()
+    model.model.embed_tokens.register_forward_hook(lambda module, args, x: x + 0.1 * x.roll(1, dims=1))
+    return model
+
+
+@pytest.mark.parametrize("sharing, method", [("auto", "tspin"), ("on", "spin")])
+@pytest.mark.parametrize("wrong", [doge, positions_of_the_row, neighbours])
+def test_a_model_that_reads_more_from_a_row_stops_the_run_at_its_first_batch(tmp_path, sharing, method, wrong):
+    model, rows = wrong(), triplets(6, references=True)
+    before, attention = parameters(model), model.config._attn_implementation
+    with pytest.raises(ValueError, match=r"prefix_sharing: .* differ .*ForCausalLM reads .* use prefix_sharing='off'"):
+        train(tmp_path, rows, model, prefix_sharing=sharing, per_device_train_batch_size=2, method=method)
+    assert torch.equal(parameters(model), before) and model.config._attn_implementation == attention
+    train(tmp_path, rows, model, prefix_sharing="off", per_device_train_batch_size=2, method=method)
+    with pytest.raises(ValueError, match="use prefix_sharing='off'"):
+        score_references(wrong(), triplets(3), TripletCollator(0), prefix_sharing=True)
+
+
+def test_every_run_verifies_its_first_batch_also_after_a_checkpoint(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("tspin.trainer.verify_packed_row", lambda *a, **k: calls.append(verify_packed_row(*a, **k)))
+    options = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
+    whole = run(tmp_path, options, "on")
+    assert len(calls) == 1
+    resumed = run(tmp_path, options, "on", resume=str(tmp_path / "checkpoint-4"))
+    assert len(calls) == 2
+    assert torch.equal(resumed[0][-1], whole[0][-1])
+    assert NAME not in (tmp_path / "checkpoint-4" / "config.json").read_text()
+
+
+def test_a_model_that_cannot_share_is_refused_or_scored_in_separate_rows(tmp_path, caplog):
+    model = build()
+    model.config.layer_types = ["conv"]
+    with pytest.raises(
+        ValueError, match=r"prefix_sharing: want .* got LlamaForCausalLM: .*conv.* prefix_sharing='off'"
+    ):
+        TSPINTrainer(model, TSPINConfig(output_dir=str(tmp_path), use_cpu=True, prefix_sharing="on"), triplets(2))
+    with caplog.at_level(logging.WARNING, logger="tspin.scoring"):
+        trainer = TSPINTrainer(model, TSPINConfig(output_dir=str(tmp_path), use_cpu=True), triplets(2))
+    assert not trainer.sharing and not trainer.data_collator.packed
+    assert caplog.text.count("a row of its own") == 1
