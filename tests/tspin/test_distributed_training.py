@@ -16,8 +16,8 @@ from test_trainer import BARE, QUIET, assert_close, build, parameters, train, tr
 
 from tspin.trainer import NonFiniteLossError, TSPINConfig, TSPINTrainer
 
-# Rows and the options of two processes; one process gets batches twice as large. Ten rows in rounds of four leave
-# two for the last one, so that the second process only repeats rows there.
+# Rows and the options of two processes, which share prompts; one process gets batches twice as large, of separate rows.
+# Ten rows in rounds of four leave two for the last one, so that the second process only repeats rows there.
 SCENARIOS = {
     "uneven_tail": (triplets(10), {"per_device_train_batch_size": 2}),
     "drop_identical": (
@@ -34,6 +34,7 @@ SCENARIOS = {
         {"per_device_train_batch_size": 2, "sequential_backward": "on", "drop_identical": True, "entropy_coef": 0.1},
     ),
     "plain": (triplets(6), {"per_device_train_batch_size": 1, "fused": "off"}),
+    "separate": (triplets(6), {"per_device_train_batch_size": 1, "prefix_sharing": "off"}),
 }
 VOLATILE = {"tokens_per_second", "epoch"}
 
@@ -62,6 +63,7 @@ def main(directory):
     results["whole"] = run_scenario(f"{directory}/whole", rows, options)
     results["resumed"] = run_scenario(f"{directory}/whole", rows, options, resume=f"{directory}/whole/checkpoint-4")
     results["failure"] = failure_on_one_rank(directory, rank)
+    results["mismatch"] = mismatch_on_one_rank(directory, rank)
     torch.save(results, f"{directory}/{rank}.pt")
 
 
@@ -78,6 +80,17 @@ def failure_on_one_rank(directory, rank):
         trainer.train()
     except NonFiniteLossError:
         return torch.equal(parameters(trainer.model), parameters(build()))
+
+
+def mismatch_on_one_rank(directory, rank):
+    """What a rank raises when the model of rank 1 alone mixes neighbours in a row."""
+    model = build()
+    if rank == 1:
+        model.model.embed_tokens.register_forward_hook(lambda module, args, x: x + x.roll(1, dims=1))
+    try:
+        train(f"{directory}/mismatch", triplets(4), model)
+    except ValueError as error:
+        return str(error), torch.equal(parameters(model), parameters(build()))
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +128,7 @@ def same_logs(logs, others):
 def test_two_processes_train_as_one(tmp_path, two_processes, name):
     rows, options = SCENARIOS[name]
     doubled = options | {"per_device_train_batch_size": 2 * options["per_device_train_batch_size"]}
+    doubled |= {"prefix_sharing": "off"}
     points, logs, metrics = run_scenario(tmp_path, rows, doubled)
     for rank in range(2):
         got_points, got_logs, got_metrics = two_processes[rank][name]
@@ -135,6 +149,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both_before_the_step(two_pr
     assert [results["failure"] for results in two_processes] == [True, True]
 
 
+def test_a_shared_row_that_differs_on_one_rank_stops_both_at_the_first_batch(two_processes):
+    for results in two_processes:
+        message, untouched = results["mismatch"]
+        assert "here or on another process" in message and "prefix_sharing='off'" in message and untouched
+
+
 CUTS = [(1, 4), (2, 2), (4, 1)]
 
 
@@ -145,6 +165,7 @@ def test_accumulating_gradients_changes_no_trajectory(tmp_path, method, drop_ide
     rows, runs = triplets(10, identical=(1, 2, 5, 8), references=True), []
     for size, steps in CUTS:
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        options["prefix_sharing"] = "off" if size == 2 else "on"
         model = build()
         # transformers divides the loss of such a model once more, unless it is told not to.
         model.accepts_loss_kwargs = False

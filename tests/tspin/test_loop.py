@@ -114,6 +114,18 @@ def copy_of(result, tmp_path: Path) -> Path:
     return shutil.copytree(result.output_dir, tmp_path / "run")
 
 
+def test_a_run_that_shares_prompts_is_the_run_of_separate_rows_and_saves_no_trace_of_it(toy, tmp_path):
+    directories = {sharing: tmp_path / sharing for sharing in ("on", "off")}
+    for sharing, directory in directories.items():
+        SelfPlay(toy_config(toy, directory, method="tspin_ref", prefix_sharing=sharing)).run()
+    shared, apart = (outcome(directory) for directory in directories.values())
+    for t, entries in apart["metrics"].items():
+        for entry, other in zip(entries, shared["metrics"][t], strict=True):
+            assert other == pytest.approx(entry, rel=1e-3, abs=1e-4)
+    configs = [name for name in apart["files"] if name.endswith("config.json")]
+    assert len(configs) == 4 and all(shared["files"][name] == apart["files"][name] for name in configs)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_the_documented_directory(finished, method):
     result = finished(method)

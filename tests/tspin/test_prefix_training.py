@@ -53,6 +53,20 @@ def test_training_is_that_of_separate_rows(tmp_path, name):
     same_training(shared, run(tmp_path, CASES[name], "off"))
 
 
+def test_training_is_that_of_separate_rows_however_unequal_they_are(tmp_path):
+    rows = triplets(4)
+    rows[0] |= {"prompt_ids": [5] * 7 + [9] * 40, "rejected_ids": [4] * 50, "proto_ids": [6]}
+    rows[1] |= {"prompt_ids": [7], "chosen_ids": [8], "rejected_ids": [3], "proto_ids": [4]}
+    options = {"per_device_train_batch_size": 4, "alpha": 0.01}
+    same_training(run(tmp_path, options, "on", rows), run(tmp_path, options, "off", rows))
+
+
+def test_under_autocast_they_differ_by_its_rounding(tmp_path):
+    shared, _, _ = run(tmp_path, {"bf16": True}, "on")
+    apart, _, _ = run(tmp_path, {"bf16": True}, "off")
+    assert (shared - apart).abs().max() < 0.02 * (apart[-1] - apart[0]).abs().max()
+
+
 def test_a_packed_batch_holds_every_prompt_once_and_no_padding():
     rows = triplets(3)
     rows[1]["chosen_ids"] = list(range(3, 43))
