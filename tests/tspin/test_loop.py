@@ -122,8 +122,8 @@ def test_a_run_that_shares_prompts_is_the_run_of_separate_rows_and_saves_no_trac
     for t, entries in apart["metrics"].items():
         for entry, other in zip(entries, shared["metrics"][t], strict=True):
             assert other == pytest.approx(entry, rel=1e-3, abs=1e-4)
-    configs = [name for name in apart["files"] if name.endswith("config.json")]
-    assert len(configs) == 4 and all(shared["files"][name] == apart["files"][name] for name in configs)
+    configs = [name for name in apart["files"] if name.endswith("/config.json")]
+    assert len(configs) == 2 and all(shared["files"][name] == apart["files"][name] for name in configs)
 
 
 @pytest.mark.parametrize("method", METHODS)
