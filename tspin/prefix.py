@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from tspin.cascade import can_cascade, cascade_attention
+
 NAME = "tspin_prefix"
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -106,6 +108,12 @@ def prefix_attention(
     logits = (query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     if prefix_layout is None:
         return _attend(query, key, value, attention_mask, *logits).transpose(1, 2), None
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    reach = max(P + max(lengths) for P, lengths in prefix_layout.groups)
+    if softcap is None and s_aux is None and reach <= (sliding_window or reach) and can_cascade(query, value):
+        return cascade_attention(query, key, value, prefix_layout, logits[0]), None
     pieces, start = [], 0
     for P, lengths in prefix_layout.groups:
         prompt = slice(start, start + P)

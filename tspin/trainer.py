@@ -262,7 +262,7 @@ class TSPINTrainer(Trainer):
     def _verify(self, batch: Batch) -> None:
         if "prefix_layout" in batch:
             reduce = partial(self.accelerator.reduce, reduction="sum")
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():
                 verify_packed_row(self.model_wrapped, batch, core=self.model, reduce=reduce, **self.scoring)
 
     def _counted(self, batch: Batch, may_be_last: bool, dataset: Any) -> Tensor:

@@ -1,0 +1,149 @@
+"""The two-call attention against a plain masked softmax: values, gradients, memory, and what is handed to CUDA's kernels."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tspin import cascade
+from tspin.cascade import can_cascade, cascade_attention
+from tspin.prefix import PrefixLayout
+
+lengths = st.integers(1, 9)
+layouts = st.lists(st.tuples(lengths, st.lists(lengths, min_size=1, max_size=3).map(tuple)), min_size=1, max_size=3)
+LAYOUT = PrefixLayout(((9, (5, 7, 3)), (4, (12, 1, 6))))
+
+
+def plain(query, key, value, layout, scale):
+    """[1, T, H, d], from one [T, T] mask built token by token."""
+    group = [g for g, (P, Ls) in enumerate(layout.groups) for _ in range(P + sum(Ls))]
+    part = [m for P, Ls in layout.groups for m, n in enumerate((P, *Ls)) for _ in range(n)]
+    sees = lambda i, j: j <= i and group[i] == group[j] and part[j] in (0, part[i])
+    T, repeats = query.shape[2], query.shape[1] // key.shape[1]
+    mask = torch.tensor([[sees(i, j) for j in range(T)] for i in range(T)])
+    scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) * scale
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return (weights @ value.repeat_interleave(repeats, 1)).transpose(1, 2)
+
+
+def tensors(layout, H=4, H_kv=2, d=8, dtype=torch.float64, seed=0):
+    generator, T = torch.Generator().manual_seed(seed), layout.position_ids().shape[1]
+    draw = lambda heads: torch.randn(1, T, heads, d, generator=generator, dtype=dtype).transpose(1, 2).requires_grad_()
+    return [draw(H), draw(H_kv), draw(H_kv)]
+
+
+def outputs_and_gradients(attention, inputs, layout, scale=0.3):
+    out = attention(*inputs, layout, scale)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    return [out, *torch.autograd.grad(out, inputs, weight)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(layouts, st.sampled_from([(1, 1), (4, 2), (3, 1)]), st.sampled_from([8, 5]))
+def test_values_and_gradients_are_those_of_a_masked_softmax(groups, heads, d):
+    layout = PrefixLayout(tuple(groups))
+    inputs = tensors(layout, *heads, d)
+    pairs = zip(*(outputs_and_gradients(f, inputs, layout) for f in (cascade_attention, plain)), strict=True)
+    for got, want in pairs:
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_scores_of_a_hundred_nats_do_not_overflow():
+    inputs = tensors(LAYOUT, dtype=torch.float32)
+    pairs = zip(*(outputs_and_gradients(f, inputs, LAYOUT, 30.0) for f in (cascade_attention, plain)), strict=True)
+    assert all((got - want).abs().max() < 1e-4 * want.abs().max() for got, want in pairs)
+
+
+def test_bf16_is_as_near_as_one_kernel_is():
+    exact = outputs_and_gradients(plain, tensors(LAYOUT), LAYOUT)
+    half = [x.detach().bfloat16().requires_grad_() for x in tensors(LAYOUT)]
+    for got, want in zip(outputs_and_gradients(cascade_attention, half, LAYOUT), exact, strict=True):
+        assert (got - want).abs().max() < 0.03 * want.abs().max()
+
+
+def test_nothing_is_kept_for_the_backward_but_one_row():
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    q, k, v = tensors(LAYOUT, dtype=torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        cascade_attention(q, k, v, LAYOUT, 1.0)
+    T, H, H_kv, d = LAYOUT.position_ids().shape[1], 4, 2, 8
+    assert sum(kept.values()) == 4 * T * (2 * H * d + 2 * H_kv * d + H)
+
+
+def unpacked(q, k, v, query_ends, key_ends, max_q, max_k, causal, scale):
+    """Plain attention of each run of queries to its run of keys, as the varlen kernels understand their arguments."""
+    outs, lses = [], []
+    for a, b, c, e in zip(query_ends, query_ends[1:], key_ends, key_ends[1:], strict=False):
+        assert b - a <= max_q and e - c <= max_k and max_q <= len(q) and max_k <= len(k)
+        repeats = q.shape[1] // k.shape[1]
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:e].repeat_interleave(repeats, 1)) * scale
+        if causal:
+            scores = scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), -math.inf)
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[c:e].repeat_interleave(repeats, 1)))
+        lses.append(scores.logsumexp(-1))
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+def forward_stand_in(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *, scale):
+    assert cum_q.dtype == cum_k.dtype == torch.int32 and dropout == 0 and not debug
+    return *unpacked(q, k, v, cum_q.tolist(), cum_k.tolist(), max_q, max_k, causal, scale), None, None, None
+
+
+def backward_stand_in(
+    grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout, causal, rng_state, unused, *, scale
+):
+    """From the given output and log-sum-exp, as flash kernels do, not from the softmax of these keys alone."""
+    grads, repeats = [torch.zeros_like(x) for x in (q, k, v)], q.shape[1] // k.shape[1]
+    delta = (grad * out).sum(-1).T
+    for a, b, c, e in zip(cum_q, cum_q[1:], cum_k, cum_k[1:], strict=False):
+        keys, values = (x[c:e].repeat_interleave(repeats, 1) for x in (k, v))
+        weights = (torch.einsum("qhd,khd->hqk", q[a:b], keys) * scale - lse[:, a:b, None]).exp()
+        if causal:
+            weights = weights.tril()
+        slope = weights * (torch.einsum("qhd,khd->hqk", grad[a:b], values) - delta[:, a:b, None]) * scale
+        fold = lambda x: x.unflatten(1, (-1, repeats)).sum(2)
+        grads[0][a:b] = torch.einsum("hqk,khd->qhd", slope, keys)
+        grads[1][c:e] = fold(torch.einsum("hqk,qhd->khd", slope, q[a:b]))
+        grads[2][c:e] = fold(torch.einsum("hqk,qhd->khd", weights, grad[a:b]))
+    return grads
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, PrefixLayout(((1, (1,)),))])
+def test_the_arguments_of_the_varlen_kernels_mean_the_same(monkeypatch, layout):
+    monkeypatch.setattr("tspin.cascade._has_varlen", lambda q: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward_stand_in)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward_stand_in)
+    inputs = tensors(layout)
+    pairs = zip(*(outputs_and_gradients(f, inputs, layout) for f in (cascade_attention, plain)), strict=True)
+    for got, want in pairs:
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_cudas_kernels_take_the_arguments_that_they_get(monkeypatch):
+    """Shapes and signatures only, on tensors without memory: no GPU is needed."""
+    monkeypatch.setattr("tspin.cascade._has_varlen", lambda q: True)
+    T, saved = LAYOUT.position_ids().shape[1], []
+    ctx = SimpleNamespace(save_for_backward=lambda *tensors: saved.extend(tensors))
+    q, k, v = (torch.empty(T, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
+    out = cascade._Cascade.forward(ctx, q, k, v, LAYOUT, 0.25)
+    assert out.shape == (T, 4, 16) and out.dtype == torch.bfloat16
+    ctx.saved_tensors = saved
+    *grads, _, _ = cascade._Cascade.backward(ctx, out)
+    assert [x.shape for x in grads] == [x.shape for x in (q, k, v)]
+
+
+def test_cudas_kernels_are_for_16_bits_and_whole_vectors():
+    with FakeTensorMode():
+        make = lambda d, dtype=torch.bfloat16: torch.empty(1, 4, 5, d, dtype=dtype, device="cuda")
+        assert can_cascade(make(16), make(16))
+        refused = ((make(16, torch.float32), make(16, torch.float32)), (make(12), make(12)), (make(16), make(8)))
+        assert not any(can_cascade(*pair) for pair in refused)
