@@ -151,7 +151,7 @@ def _head_weight(head: Any) -> Tensor:
         return head.weight
     from peft.tuners.lora import Linear
 
-    if type(head) is not Linear or head.lora_variant or any(head.lora_bias.values()):
+    if not isinstance(head, Linear) or head.lora_variant or any(head.lora_bias.values()):
         raise ValueError(
             f"peft_config: want plain LoRA on the output head, got {type(head).__name__} with variants "
             f"{sorted(getattr(head, 'lora_variant', {}))}; leave the head out of target_modules, or use fused='off'"
@@ -307,20 +307,36 @@ class ScoreRequest:
     fused: bool = True
 
 
+def _call_as(module: nn.Module, forward: Callable, *args: Any) -> Any:
+    # Hooks of the module fire as in a forward of its own: FSDP gathers the weight there and scatters its gradient.
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        return module(*args)
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
 def _score(model: nn.Module, plain_forward: Callable, score: ScoreRequest, **inputs) -> tuple[Tensor, SequenceStats]:
     groups = {name: getattr(score, name) for name in ("group_size", "group_inputs", "num_groups", "normalizer")}
     if score.fused:
         hidden = _causal_lm(model).base_model(**inputs, use_cache=False).last_hidden_state
-        head = head_of(model)
-        return linear_sequence_loss(
-            *(hidden.flatten(0, 1), head.weight, score.targets, score.sequence_ids, score.loss_fn, head.bias),  # type: ignore
-            rows=score.rows,
-            entropy=score.entropy,
-            memory_budget=score.memory_budget,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            **groups,
-        )
+
+        def loss(hidden: Tensor) -> tuple[Tensor, SequenceStats]:
+            head = head_of(model)
+            return linear_sequence_loss(
+                *(hidden.flatten(0, 1), head.weight, score.targets, score.sequence_ids, score.loss_fn, head.bias),  # type: ignore
+                rows=score.rows,
+                entropy=score.entropy,
+                memory_budget=score.memory_budget,
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+                **groups,
+            )
+
+        return _call_as(_head_module(model), loss, hidden)
     logits = plain_forward(model, **inputs, use_cache=False).logits.flatten(0, 1)[score.rows]
     every = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     logprobs = every.gather(-1, score.targets[:, None])[:, 0]
