@@ -42,17 +42,24 @@ def _by_device(blocks: Blocks, device: torch.device) -> tuple[Any, ...]:
 
 @lru_cache(maxsize=4)
 def _plan(layout: PrefixLayout, device: torch.device) -> tuple[Blocks, Blocks, Tensor, Tensor]:
-    """Blocks of each part with itself and of responses with prompts, and the rows [T] of all responses and of all prompts."""
+    """Blocks of each part with itself and of responses with prompts, and the rows of these responses and of these prompts.
+
+    A prompt with one response is one part with it, and has no block of the second kind.
+    """
     own, queries, keys, responses, prompts = [0], [0], [0], [], []
     for P, lengths in layout.groups:
         start, stop = own[-1] + P, own[-1] + P + sum(lengths)
+        if len(lengths) == 1:
+            own.append(stop)
+            continue
         prompts.append(torch.arange(own[-1], start))
         responses.append(torch.arange(start, stop))
         own += accumulate(lengths, initial=start)
         queries.append(queries[-1] + stop - start)
         keys.append(keys[-1] + P)
     selves, cross = Blocks(tuple(own), tuple(own), True), Blocks(tuple(queries), tuple(keys), False)
-    return selves, cross, torch.cat(responses).to(device), torch.cat(prompts).to(device)
+    rows = [torch.cat(parts or [torch.arange(0)]).to(device) for parts in (responses, prompts)]
+    return selves, cross, *rows
 
 
 def _has_varlen(q: Tensor) -> bool:
@@ -95,6 +102,10 @@ class _Cascade(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float) -> Tensor:
         own, cross, responses, prompts = _plan(layout, q.device)
         out, lse = _forward(q, k, v, own, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.layout, ctx.scale = layout, scale
+        if not len(prompts):
+            return out
         shared = (q.index_select(0, responses), k.index_select(0, prompts), v.index_select(0, prompts))
         other, other_lse = _forward(*shared, cross, scale)
         mine, mine_lse = out.index_select(0, responses), lse.index_select(1, responses)
@@ -102,8 +113,6 @@ class _Cascade(torch.autograd.Function):
         shares = [(part - merged).exp().T[..., None] for part in (mine_lse, other_lse)]
         out.index_copy_(0, responses, (mine * shares[0] + other * shares[1]).to(out.dtype))
         lse.index_copy_(1, responses, merged)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.layout, ctx.scale = layout, scale
         return out
 
     @staticmethod
@@ -111,6 +120,8 @@ class _Cascade(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         own, cross, responses, prompts = _plan(ctx.layout, q.device)
         grads = _backward(grad, q, k, v, out, lse, own, ctx.scale)
+        if not len(prompts):
+            return (*grads, None, None)
         indices = (responses, responses, prompts, prompts, responses)
         inputs = [x.index_select(0, rows) for x, rows in zip((grad, q, k, v, out), indices, strict=True)]
         parts = _backward(*inputs, lse.index_select(1, responses), cross, ctx.scale)

@@ -4,9 +4,9 @@ A loss over triplets needs every log-prob of a triplet, but its gradient needs t
 
     dL/dtheta  =  sum over b, m of  (dL/dlogp_bm) dlogp_bm/dtheta  +  (dL/dentropy_bm) dentropy_bm/dtheta
 
-So all responses are scored without gradient, autograd gives the coefficients through the same loss function as ever, and each
-response is then run again on its own, forward and backward. The price is the scoring pass: about a third more time than the joint
-pass over separate rows. Deliberately knows no method and no model.
+So all responses are scored without gradient, those that share a prompt in one row; autograd gives the coefficients through the
+same loss function as ever; and each response is then run again on its own, forward and backward. The price is the scoring pass:
+about a third more time than the joint pass over separate rows. Deliberately knows no method and no model.
 """
 
 from collections.abc import Callable, Iterator
@@ -55,6 +55,24 @@ def one_by_one(batch: Batch, *, packed: bool | None = None) -> Iterator[Batch]:
         }
 
 
+def _group_by_group(batch: Batch) -> Iterator[Batch]:
+    """Each triplet of a packed batch as a packed batch."""
+    start = token = 0
+    for g, (P, lengths) in enumerate(batch["prefix_layout"].groups):
+        stop, N = start + P + sum(lengths), sum(lengths)
+        mine = slice(token, token + N)
+        yield {
+            "input_ids": batch["input_ids"][:, start:stop],
+            "attention_mask": batch["attention_mask"][:, start:stop],
+            "rows": batch["rows"][mine] - start,
+            "targets": batch["targets"][mine],
+            "sequence_ids": batch["sequence_ids"][mine] - g * len(lengths),
+            "lengths": batch["lengths"][g : g + 1],
+            "prefix_layout": PrefixLayout(((P, lengths),)),
+        }
+        start, token = stop, token + N
+
+
 def _weighted(sequences: SequenceStats, *coefficients: Tensor) -> Tensor:
     # [1], from the coefficients of the log-prob and the entropy; where one is 0 its factor may be infinite.
     terms = zip(coefficients, sequences[:2], strict=False)
@@ -92,7 +110,8 @@ def backward_one_by_one(
     """
     rows = list(one_by_one(batch))
     with torch.no_grad():
-        scored = [score(row, lambda s: s.logprobs[:, 0], entropy="value")[1] for row in rows]
+        parts = _group_by_group(batch) if "prefix_layout" in batch else rows
+        scored = [score(part, lambda s: s.logprobs[:, 0], entropy="value")[1] for part in parts]
     logprobs, entropies = (
         torch.cat(values).view(batch["lengths"].shape) for values in list(zip(*scored, strict=True))[:2]
     )
