@@ -1,11 +1,11 @@
-"""Softmax attention over rows that share prompts, in two calls of a flash kernel and in the memory of one.
+"""Softmax attention over rows that share prompts, in few calls of a flash kernel and in the memory of one.
 
-Every token attends to its own part of the row (a prompt or a response), causally; every response also attends to all of its prompt.
-The two partial softmaxes are merged by their log-sum-exp. No key is copied, no mask is made, and the backward runs the kernel's own
-backward on each half with the merged output and log-sum-exp, which is exact. Deliberately knows neither windows, soft caps nor
-sinks: `tspin.prefix` takes these.
+Every token attends to its own part of the row (a prompt or a response), causally; every response also attends to its prompt. The
+partial softmaxes are merged by their log-sum-exp, and so is a sink. No key is kept twice, no mask is kept, and the backward runs
+the kernel's own backward on each piece with the merged output and log-sum-exp, which is exact. Deliberately knows no soft cap:
+`tspin.prefix` takes that.
 
-T tokens of a packed row; H query heads, H_kv key heads, d their width.
+T tokens of a packed row; H query heads, H_kv key heads, d their width; P tokens of a prompt, L of a response.
 """
 
 from __future__ import annotations
@@ -22,59 +22,89 @@ if TYPE_CHECKING:
 
 
 class Blocks(NamedTuple):
-    """Attention of consecutive runs of query rows, each to one run of key rows: the boundaries of both, from 0."""
+    """Attention of consecutive runs of query rows, each to one run of key rows: the boundaries of both, from 0.
+
+    The last query of a run is aligned with its last key. `causal` hides the keys after the aligned one, `reach` those that lie
+    further than so many positions before it.
+    """
 
     query_ends: tuple[int, ...]
     key_ends: tuple[int, ...]
     causal: bool
+    reach: int | None = None
 
     def spans(self) -> list[tuple[slice, slice]]:
         pairs = zip(pairwise(self.query_ends), pairwise(self.key_ends), strict=True)
         return [(slice(*query), slice(*key)) for query, key in pairs]
 
 
-@lru_cache(maxsize=8)
-def _by_device(blocks: Blocks, device: torch.device) -> tuple[Any, ...]:
-    # cum_seq_q, cum_seq_k, max_q, max_k of the varlen kernels
-    ends = [torch.tensor(ends, dtype=torch.int32, device=device) for ends in blocks[:2]]
-    return (*ends, *(max(b - a for a, b in pairwise(ends)) for ends in blocks[:2]))
+class Plan(NamedTuple):
+    """Blocks of each part with itself; and blocks of responses with prompts, with the rows of these queries and of these keys."""
+
+    own: Blocks
+    cross: tuple[tuple[Tensor, Tensor, Blocks], ...]
 
 
 @lru_cache(maxsize=4)
-def _plan(layout: PrefixLayout, device: torch.device) -> tuple[Blocks, Blocks, Tensor, Tensor]:
-    """Blocks of each part with itself and of responses with prompts, and the rows of these responses and of these prompts.
-
-    A prompt with one response is one part with it, and has no block of the second kind.
-    """
-    own, queries, keys, responses, prompts = [0], [0], [0], [], []
+def _plan(layout: PrefixLayout, window: int | None, device: torch.device) -> Plan:
+    """A prompt with one response is one part with it. A window that leaves the prompt asks for a call per length of responses."""
+    farthest = max(P + max(lengths) for P, lengths in layout.groups)
+    W = None if window is None or window >= farthest else window
+    own, runs = [0], []
     for P, lengths in layout.groups:
-        start, stop = own[-1] + P, own[-1] + P + sum(lengths)
+        start, first = own[-1], own[-1] + P
         if len(lengths) == 1:
-            own.append(stop)
+            own.append(first + lengths[0])
             continue
-        prompts.append(torch.arange(own[-1], start))
-        responses.append(torch.arange(start, stop))
-        own += accumulate(lengths, initial=start)
-        queries.append(queries[-1] + stop - start)
-        keys.append(keys[-1] + P)
-    selves, cross = Blocks(tuple(own), tuple(own), True), Blocks(tuple(queries), tuple(keys), False)
-    rows = [torch.cat(parts or [torch.arange(0)]).to(device) for parts in (responses, prompts)]
-    return selves, cross, *rows
+        own += accumulate(lengths, initial=first)
+        if W is None:
+            runs.append((first, own[-1] - first, start, P))
+        else:
+            K = min(P, W - 1)
+            runs += [(begin, min(L, W - 1), first - K, K) for begin, L in zip(own[-len(lengths) - 1 :], lengths)]
+
+    def call(runs: list[tuple[int, ...]], reach: int | None) -> tuple[Tensor, Tensor, Blocks]:
+        rows = [torch.cat([torch.arange(run[i], run[i] + run[i + 1]) for run in runs]).to(device) for i in (0, 2)]
+        return *rows, Blocks(*((0, *accumulate(run[i] for run in runs)) for i in (1, 3)), False, reach)
+
+    if W is None:
+        return Plan(Blocks(tuple(own), tuple(own), True), (call(runs, None),) if runs else ())
+    sizes = sorted({run[1] for run in runs} - {0})
+    cross = [call([run for run in runs if run[1] == size], W - 1 - size) for size in sizes]
+    return Plan(Blocks(tuple(own), tuple(own), True, W - 1), tuple(cross))
 
 
 def _has_varlen(q: Tensor) -> bool:
     return q.is_cuda
 
 
+@lru_cache(maxsize=16)
+def _ends(blocks: Blocks, device: torch.device) -> tuple[Any, ...]:
+    # cum_seq_q, cum_seq_k, max_q, max_k of the varlen kernels
+    ends = [torch.tensor(ends, dtype=torch.int32, device=device) for ends in blocks[:2]]
+    return (*ends, *(max(b - a for a, b in pairwise(ends)) for ends in blocks[:2]))
+
+
+def _cpu_options(blocks: Blocks, queries: slice, keys: slice, like: Tensor) -> dict[str, Any]:
+    """is_causal or an additive attn_mask of one block, for the flash kernel of the CPU, which knows no windows."""
+    Q, K = queries.stop - queries.start, keys.stop - keys.start
+    if blocks.reach is None or blocks.reach >= K:
+        return {"is_causal": blocks.causal}
+    distance = torch.arange(K - Q, K)[:, None] - torch.arange(K)
+    hidden = (distance > blocks.reach) | (distance < 0) if blocks.causal else distance > blocks.reach
+    return {"is_causal": False, "attn_mask": torch.zeros(Q, K, dtype=like.dtype).masked_fill_(hidden, -torch.inf)}
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> tuple[Tensor, Tensor]:
     """q [Tq, H, d], k and v [Tk, H_kv, d] -> output [Tq, H, d], log-sum-exp [H, Tq]."""
     if _has_varlen(q):
-        ends = _by_device(blocks, q.device)
-        return torch.ops.aten._flash_attention_forward(q, k, v, *ends, 0.0, blocks.causal, False, scale=scale)[:2]
+        inputs = (q, k, v, *_ends(blocks, q.device), 0.0, blocks.causal, False)
+        return torch.ops.aten._flash_attention_forward(*inputs, scale=scale, window_size_left=blocks.reach)[:2]
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     batched = lambda x, rows: x[rows].transpose(0, 1)[None]
     pieces = [
-        op(batched(q, a), batched(k, b), batched(v, b), 0.0, blocks.causal, scale=scale) for a, b in blocks.spans()
+        op(batched(q, a), batched(k, b), batched(v, b), **_cpu_options(blocks, a, b, q), scale=scale)
+        for a, b in blocks.spans()
     ]
     return torch.cat([out[0].transpose(0, 1) for out, _ in pieces]), torch.cat([lse[0] for _, lse in pieces], 1)
 
@@ -84,50 +114,57 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, of the share that these keys have in a softmax whose output and log-sum-exp are given."""
     if _has_varlen(q):
-        ends = _by_device(blocks, q.device)
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        inputs = (grad, q, k, v, out, lse, *ends, 0.0, blocks.causal, seed, seed[:0])
-        return torch.ops.aten._flash_attention_backward(*inputs, scale=scale)
+        inputs = (grad, q, k, v, out, lse, *_ends(blocks, q.device), 0.0, blocks.causal, seed, seed[:0])
+        return torch.ops.aten._flash_attention_backward(*inputs, scale=scale, window_size_left=blocks.reach)
     op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     batched = lambda x, rows: x[rows].transpose(0, 1)[None]
     pieces = []
     for a, b in blocks.spans():
         inputs = (batched(grad, a), batched(q, a), batched(k, b), batched(v, b), batched(out, a), lse[None, :, a])
-        pieces.append(op(*inputs, 0.0, blocks.causal, scale=scale))
+        pieces.append(op(*inputs, dropout_p=0.0, **_cpu_options(blocks, a, b, q), scale=scale))
     return tuple(torch.cat([piece[i][0].transpose(0, 1) for piece in pieces]) for i in range(3))  # type: ignore
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    # [T, H, 1] weight of a partial softmax in a merged one, from their log-sum-exp [H, T]
+    return (part - whole).exp().T[..., None]
 
 
 class _Cascade(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: PrefixLayout, scale: float) -> Tensor:
-        own, cross, responses, prompts = _plan(layout, q.device)
-        out, lse = _forward(q, k, v, own, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.layout, ctx.scale = layout, scale
-        if not len(prompts):
-            return out
-        shared = (q.index_select(0, responses), k.index_select(0, prompts), v.index_select(0, prompts))
-        other, other_lse = _forward(*shared, cross, scale)
-        mine, mine_lse = out.index_select(0, responses), lse.index_select(1, responses)
-        merged = torch.logaddexp(mine_lse, other_lse)
-        shares = [(part - merged).exp().T[..., None] for part in (mine_lse, other_lse)]
-        out.index_copy_(0, responses, (mine * shares[0] + other * shares[1]).to(out.dtype))
-        lse.index_copy_(1, responses, merged)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan, scale: float) -> Tensor:
+        out, lse = _forward(q, k, v, plan.own, scale)
+        for queries, keys, blocks in plan.cross:
+            shared = (q.index_select(0, queries), k.index_select(0, keys), v.index_select(0, keys))
+            other, other_lse = _forward(*shared, blocks, scale)
+            mine, mine_lse = out.index_select(0, queries), lse.index_select(1, queries)
+            merged = torch.logaddexp(mine_lse, other_lse)
+            sums = mine * _share(mine_lse, merged) + other * _share(other_lse, merged)
+            out.index_copy_(0, queries, sums.to(out.dtype))
+            lse.index_copy_(1, queries, merged)
+        if sinks is not None:
+            merged = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+            out, lse = (out * _share(lse, merged)).to(out.dtype), merged
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.plan, ctx.scale = plan, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore
-        q, k, v, out, lse = ctx.saved_tensors
-        own, cross, responses, prompts = _plan(ctx.layout, q.device)
-        grads = _backward(grad, q, k, v, out, lse, own, ctx.scale)
-        if not len(prompts):
-            return (*grads, None, None)
-        indices = (responses, responses, prompts, prompts, responses)
-        inputs = [x.index_select(0, rows) for x, rows in zip((grad, q, k, v, out), indices, strict=True)]
-        parts = _backward(*inputs, lse.index_select(1, responses), cross, ctx.scale)
-        for whole, part, rows in zip(grads, parts, indices[1:4], strict=True):
-            whole.index_add_(0, rows, part)
-        return (*grads, None, None)
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        grads = _backward(grad, q, k, v, out, lse, ctx.plan.own, ctx.scale)
+        for queries, keys, blocks in ctx.plan.cross:
+            rows = (queries, queries, keys, keys, queries)
+            inputs = [x.index_select(0, at) for x, at in zip((grad, q, k, v, out), rows, strict=True)]
+            parts = _backward(*inputs, lse.index_select(1, queries), blocks, ctx.scale)  # type: ignore
+            for whole, part, at in zip(grads, parts, rows[1:4], strict=True):
+                whole.index_add_(0, at, part)
+        of_sinks = None
+        if sinks is not None:
+            weights = (sinks.to(lse.dtype)[:, None] - lse).exp()
+            of_sinks = -(weights * (grad * out).sum(-1).T).sum(1).to(sinks.dtype)
+        return (*grads, of_sinks, None, None)
 
 
 def can_cascade(query: Tensor, value: Tensor) -> bool:
@@ -140,7 +177,18 @@ def can_cascade(query: Tensor, value: Tensor) -> bool:
     )
 
 
-def cascade_attention(query: Tensor, key: Tensor, value: Tensor, layout: PrefixLayout, scale: float) -> Tensor:
-    """query [1, H, T, d], key and value [1, H_kv, T, d] of one dtype -> [1, T, H, d]; differentiable in all three."""
+def cascade_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PrefixLayout,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """query [1, H, T, d], key and value [1, H_kv, T, d] of one dtype -> [1, T, H, d]; differentiable in all three and in sinks.
+
+    window: how many positions a token sees, itself included. sinks: [H] logits of an extra key without value.
+    """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return _Cascade.apply(q, k, v, layout, scale)[None]  # type: ignore
+    return _Cascade.apply(q, k, v, sinks, _plan(layout, window, q.device), scale)[None]  # type: ignore

@@ -111,9 +111,8 @@ def prefix_attention(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    reach = max(P + max(lengths) for P, lengths in prefix_layout.groups)
-    if softcap is None and s_aux is None and reach <= (sliding_window or reach) and can_cascade(query, value):
-        return cascade_attention(query, key, value, prefix_layout, logits[0]), None
+    if softcap is None and can_cascade(query, value):
+        return cascade_attention(query, key, value, prefix_layout, logits[0], sliding_window, s_aux), None
     pieces, start = [], 0
     for P, lengths in prefix_layout.groups:
         prompt = slice(start, start + P)

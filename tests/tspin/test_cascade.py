@@ -15,18 +15,24 @@ from tspin.prefix import PrefixLayout
 
 lengths = st.integers(1, 9)
 layouts = st.lists(st.tuples(lengths, st.lists(lengths, min_size=1, max_size=3).map(tuple)), min_size=1, max_size=3)
+windows = st.none() | st.integers(1, 20)
 LAYOUT = PrefixLayout(((9, (5, 7, 3)), (4, (12, 1, 6))))
 
 
-def plain(query, key, value, layout, scale):
+def plain(query, key, value, layout, scale, window=None, sinks=None):
     """[1, T, H, d], from one [T, T] mask built token by token."""
+    at = layout.position_ids()[0].tolist()
     group = [g for g, (P, Ls) in enumerate(layout.groups) for _ in range(P + sum(Ls))]
     part = [m for P, Ls in layout.groups for m, n in enumerate((P, *Ls)) for _ in range(n)]
-    sees = lambda i, j: j <= i and group[i] == group[j] and part[j] in (0, part[i])
+    near = lambda i, j: window is None or at[i] - at[j] < window
+    sees = lambda i, j: j <= i and group[i] == group[j] and part[j] in (0, part[i]) and near(i, j)
     T, repeats = query.shape[2], query.shape[1] // key.shape[1]
     mask = torch.tensor([[sees(i, j) for j in range(T)] for i in range(T)])
     scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) * scale
-    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    scores = scores.masked_fill(~mask, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(-1, -1, T, 1)], -1)
+    weights = scores.softmax(-1)[..., :T]
     return (weights @ value.repeat_interleave(repeats, 1)).transpose(1, 2)
 
 
@@ -36,18 +42,19 @@ def tensors(layout, H=4, H_kv=2, d=8, dtype=torch.float64, seed=0):
     return [draw(H), draw(H_kv), draw(H_kv)]
 
 
-def outputs_and_gradients(attention, inputs, layout, scale=0.3):
-    out = attention(*inputs, layout, scale)
+def outputs_and_gradients(attention, inputs, layout, scale=0.3, window=None):
+    out = attention(*inputs[:3], layout, scale, window, *inputs[3:])
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
     return [out, *torch.autograd.grad(out, inputs, weight)]
 
 
-@settings(max_examples=40, deadline=None)
-@given(layouts, st.sampled_from([(1, 1), (4, 2), (3, 1)]), st.sampled_from([8, 5]))
-def test_values_and_gradients_are_those_of_a_masked_softmax(groups, heads, d):
+@settings(max_examples=80, deadline=None)
+@given(layouts, st.sampled_from([(1, 1), (4, 2), (3, 1)]), st.sampled_from([8, 5]), windows, st.booleans())
+def test_values_and_gradients_are_those_of_a_masked_softmax(groups, heads, d, window, with_sinks):
     layout = PrefixLayout(tuple(groups))
-    inputs = tensors(layout, *heads, d)
-    pairs = zip(*(outputs_and_gradients(f, inputs, layout) for f in (cascade_attention, plain)), strict=True)
+    inputs = tensors(layout, *heads, d) + [torch.randn(heads[0], dtype=torch.float64, requires_grad=True)] * with_sinks
+    runs = (outputs_and_gradients(f, inputs, layout, window=window) for f in (cascade_attention, plain))
+    pairs = zip(*runs, strict=True)
     for got, want in pairs:
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
@@ -79,27 +86,27 @@ def test_nothing_is_kept_for_the_backward_but_one_row():
     assert sum(kept.values()) == 4 * T * (2 * H * d + 2 * H_kv * d + H)
 
 
-def unpacked(q, k, v, query_ends, key_ends, max_q, max_k, causal, scale):
-    """Plain attention of each run of queries to its run of keys, as the varlen kernels understand their arguments."""
-    outs, lses = [], []
-    for a, b, c, e in zip(query_ends, query_ends[1:], key_ends, key_ends[1:], strict=False):
-        assert b - a <= max_q and e - c <= max_k and max_q <= len(q) and max_k <= len(k)
-        repeats = q.shape[1] // k.shape[1]
+def hidden(Q, K, causal, reach):
+    """[Q, K] bool, as the varlen kernels understand their arguments: the last query is aligned with the last key."""
+    distance = torch.arange(K - Q, K)[:, None] - torch.arange(K)
+    return (distance < 0) & causal | (distance > (K if reach is None else reach))
+
+
+def forward_stand_in(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *, scale, window_size_left):
+    assert cum_q.dtype == cum_k.dtype == torch.int32 and dropout == 0 and not debug
+    outs, lses, repeats = [], [], q.shape[1] // k.shape[1]
+    assert (cum_q[-1], cum_k[-1]) == (len(q), len(k))
+    assert (cum_q.diff().max(), cum_k.diff().max()) == (max_q, max_k)
+    for a, b, c, e in zip(cum_q, cum_q[1:], cum_k, cum_k[1:], strict=False):
         scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:e].repeat_interleave(repeats, 1)) * scale
-        if causal:
-            scores = scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), -math.inf)
+        scores = scores.masked_fill(hidden(b - a, e - c, causal, window_size_left), -math.inf)
         outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[c:e].repeat_interleave(repeats, 1)))
         lses.append(scores.logsumexp(-1))
-    return torch.cat(outs), torch.cat(lses, 1)
-
-
-def forward_stand_in(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *, scale):
-    assert cum_q.dtype == cum_k.dtype == torch.int32 and dropout == 0 and not debug
-    return *unpacked(q, k, v, cum_q.tolist(), cum_k.tolist(), max_q, max_k, causal, scale), None, None, None
+    return torch.cat(outs), torch.cat(lses, 1), None, None, None
 
 
 def backward_stand_in(
-    grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout, causal, rng_state, unused, *, scale
+    grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout, causal, rng_state, unused, *, scale, window_size_left
 ):
     """From the given output and log-sum-exp, as flash kernels do, not from the softmax of these keys alone."""
     grads, repeats = [torch.zeros_like(x) for x in (q, k, v)], q.shape[1] // k.shape[1]
@@ -107,8 +114,7 @@ def backward_stand_in(
     for a, b, c, e in zip(cum_q, cum_q[1:], cum_k, cum_k[1:], strict=False):
         keys, values = (x[c:e].repeat_interleave(repeats, 1) for x in (k, v))
         weights = (torch.einsum("qhd,khd->hqk", q[a:b], keys) * scale - lse[:, a:b, None]).exp()
-        if causal:
-            weights = weights.tril()
+        weights = weights.masked_fill(hidden(b - a, e - c, causal, window_size_left), 0.0)
         slope = weights * (torch.einsum("qhd,khd->hqk", grad[a:b], values) - delta[:, a:b, None]) * scale
         fold = lambda x: x.unflatten(1, (-1, repeats)).sum(2)
         grads[0][a:b] = torch.einsum("hqk,khd->qhd", slope, keys)
@@ -117,13 +123,15 @@ def backward_stand_in(
     return grads
 
 
-@pytest.mark.parametrize("layout", [LAYOUT, PrefixLayout(((1, (1,)),))])
-def test_the_arguments_of_the_varlen_kernels_mean_the_same(monkeypatch, layout):
+@pytest.mark.parametrize("window", [None, 1, 2, 6, 11, 15])
+@pytest.mark.parametrize("layout", [LAYOUT, PrefixLayout(((1, (1,)), (7, (9, 9))))])
+def test_the_arguments_of_the_varlen_kernels_mean_the_same(monkeypatch, layout, window):
     monkeypatch.setattr("tspin.cascade._has_varlen", lambda q: True)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward_stand_in)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward_stand_in)
     inputs = tensors(layout)
-    pairs = zip(*(outputs_and_gradients(f, inputs, layout) for f in (cascade_attention, plain)), strict=True)
+    runs = (outputs_and_gradients(f, inputs, layout, window=window) for f in (cascade_attention, plain))
+    pairs = zip(*runs, strict=True)
     for got, want in pairs:
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
@@ -134,10 +142,10 @@ def test_cudas_kernels_take_the_arguments_that_they_get(monkeypatch):
     T, saved = LAYOUT.position_ids().shape[1], []
     ctx = SimpleNamespace(save_for_backward=lambda *tensors: saved.extend(tensors))
     q, k, v = (torch.empty(T, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
-    out = cascade._Cascade.forward(ctx, q, k, v, LAYOUT, 0.25)
+    out = cascade._Cascade.forward(ctx, q, k, v, None, cascade._plan(LAYOUT, 6, q.device), 0.25)
     assert out.shape == (T, 4, 16) and out.dtype == torch.bfloat16
     ctx.saved_tensors = saved
-    *grads, _, _ = cascade._Cascade.backward(ctx, out)
+    *grads, _, _, _ = cascade._Cascade.backward(ctx, out)
     assert [x.shape for x in grads] == [x.shape for x in (q, k, v)]
 
 
