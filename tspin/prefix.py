@@ -13,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tspin.cascade import can_cascade, cascade_attention
@@ -58,6 +61,27 @@ def _visible(L: int, S: int, sliding_window: int | None, device: torch.device) -
         return None
     distance = torch.arange(S - L, S, device=device)[:, None] - torch.arange(S, device=device)
     return (distance >= 0) & (distance < window)
+
+
+@lru_cache(maxsize=4)
+def _block_mask(layout: PrefixLayout, window: int | None, device: torch.device) -> BlockMask:
+    """What each token of a packed row sees, for FlexAttention."""
+    parts = [(g, m, n) for g, (P, lengths) in enumerate(layout.groups) for m, n in enumerate((P, *lengths))]
+    group, part, count = torch.tensor(parts).T
+    group, part = (x.repeat_interleave(count).to(device) for x in (group, part))
+    position = layout.position_ids()[0].to(device)
+    T = len(position)
+
+    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        apart = position[i] - position[j]
+        same = (group[i] == group[j]) & ((part[j] == 0) | (part[i] == part[j]))
+        return same & (apart >= 0) & (apart < (T if window is None else window))
+
+    return create_block_mask(sees, None, None, T, T, device=device)  # type: ignore
+
+
+def _has_flex(query: Tensor) -> bool:
+    return query.is_cuda
 
 
 def _attend(
@@ -113,6 +137,10 @@ def prefix_attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if softcap is None and can_cascade(query, value):
         return cascade_attention(query, key, value, prefix_layout, logits[0], sliding_window, s_aux), None
+    if softcap is not None and _has_flex(query):
+        mask = _block_mask(prefix_layout, sliding_window, query.device)
+        options = {"scaling": logits[0], "softcap": softcap, "s_aux": s_aux}
+        return flex_attention_forward(module, query, key, value, mask, **options)[0], None
     pieces, start = [], 0
     for P, lengths in prefix_layout.groups:
         prompt = slice(start, start + P)
@@ -157,7 +185,7 @@ def share_prompts(model: PreTrainedModel) -> Iterator[None]:
         raise ValueError(
             f"prefix_sharing: {type(model).__name__} cannot share prompts: {reason}; use prefix_sharing='off'"
         )
-    before = model.config._attn_implementation
+    before: Any = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:
         yield

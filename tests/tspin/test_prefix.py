@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as hf
 
-from tspin.prefix import NAME, PrefixLayout, layout_inputs, refusal, share_prompts
+from tspin.prefix import NAME, PrefixLayout, _attend, layout_inputs, prefix_attention, refusal, share_prompts
 
 LAYOUT = PrefixLayout(((9, (5, 7, 3)), (4, (12, 1, 6))))
 SIZES = {
@@ -100,6 +100,27 @@ def test_a_packed_row_equals_separate_rows(name, checkpointing):
             assert (one - other).abs().max() < 1e-5 * max(1.0, one.abs().max())
         again = _logits_apart(model, ids)
     assert all((one - other).abs().max() < 1e-4 for one, other in zip(apart, again, strict=True))
+
+
+@pytest.mark.parametrize("window", [None, 1, 6])
+def test_flex_attention_is_told_to_see_what_the_segments_see(monkeypatch, window):
+    """FlexAttention has no backward without a GPU: a plain softmax under the mask that it would get stands in for it."""
+
+    def stand_in(module, query, key, value, attention_mask, *, scaling, softcap, s_aux):
+        T = query.shape[2]
+        at = torch.arange(T)
+        visible = attention_mask.mask_mod(None, None, at[:, None], at)
+        assert attention_mask.shape == (1, 1, T, T)
+        return _attend(query, key, value, visible, scaling, softcap, s_aux).transpose(1, 2), None
+
+    T = LAYOUT.position_ids().shape[1]
+    q, k, v = (torch.randn(1, heads, T, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    options = {"prefix_layout": LAYOUT, "softcap": 3.0, "sliding_window": window, "s_aux": torch.randn(4)}
+    want, _ = prefix_attention(torch.nn.Module(), q, k, v, None, **options)
+    monkeypatch.setattr("tspin.prefix._has_flex", lambda query: True)
+    monkeypatch.setattr("tspin.prefix.flex_attention_forward", stand_in)
+    got, _ = prefix_attention(torch.nn.Module(), q, k, v, None, **options)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -139,8 +139,15 @@ def neighbours():
     return model
 
 
+def start_of_the_row():
+    """Wrong in no row but one of several triplets."""
+    model = build()
+    model.model.embed_tokens.register_forward_hook(lambda module, args, x: x + 0.5 * x[:, :1])
+    return model
+
+
 @pytest.mark.parametrize("sharing, method", [("auto", "tspin"), ("on", "spin")])
-@pytest.mark.parametrize("wrong", [doge, positions_of_the_row, neighbours])
+@pytest.mark.parametrize("wrong", [doge, positions_of_the_row, neighbours, start_of_the_row])
 def test_a_model_that_reads_more_from_a_row_stops_the_run_at_its_first_batch(tmp_path, sharing, method, wrong):
     model, rows = wrong(), triplets(6, references=True)
     before, attention = parameters(model), model.config._attn_implementation
@@ -162,6 +169,22 @@ def test_every_run_verifies_its_first_batch_also_after_a_checkpoint(tmp_path, mo
     assert len(calls) == 2
     assert torch.equal(resumed[0][-1], whole[0][-1])
     assert NAME not in (tmp_path / "checkpoint-4" / "config.json").read_text()
+    resumed[2].train()
+    assert len(calls) == 3 and resumed[2].model.config._attn_implementation != NAME
+
+
+def test_one_by_one_scores_a_triplet_in_one_pass_and_runs_its_responses_apart(tmp_path):
+    model, passes = build(), []
+    see = lambda module, args, inputs: passes.append((torch.is_grad_enabled(), inputs["input_ids"].shape[1]))
+    model.register_forward_pre_hook(see, with_kwargs=True)
+    rows = triplets(2)
+    options = {"per_device_train_batch_size": 2, "num_train_epochs": 1}
+    train(tmp_path, rows, model, sequential_backward="on", prefix_sharing="on", **options)
+    count = lambda row, *names: sum(len(row[f"{name}_ids"]) for name in names)
+    members = ("chosen", "rejected", "proto")
+    whole = [(False, count(row, "prompt", *members)) for row in rows]
+    single = [(True, count(row, "prompt", member)) for row in rows for member in members]
+    assert sorted(passes[-8:-6]) == sorted(whole) and sorted(passes[-6:]) == sorted(single)
 
 
 def test_a_model_that_cannot_share_is_refused_or_scored_in_separate_rows(tmp_path, caplog):
