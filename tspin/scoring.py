@@ -68,7 +68,8 @@ def _token_logprobs(model: nn.Module, batch: dict[str, Any], **request: Any) -> 
 def _rounding(model: nn.Module) -> float:
     """Half of the places of the coarsest arithmetic in a forward pass, as a difference of log-probs in nats."""
     device = next(model.parameters()).device.type
-    dtypes = {p.dtype for p in model.parameters()}
+    # Quantized weights (of integer dtypes) are multiplied in 16 bits.
+    dtypes = {p.dtype if p.is_floating_point() else torch.bfloat16 for p in model.parameters()}
     if torch.is_autocast_enabled(device):
         dtypes.add(torch.get_autocast_dtype(device))
     if device == "cuda" and torch.get_float32_matmul_precision() != "highest":
