@@ -168,13 +168,12 @@ class _Cascade(torch.autograd.Function):
 
 
 def can_cascade(query: Tensor, value: Tensor) -> bool:
-    """Whether there is a flash kernel for these heads: on CPU any, on CUDA those of 16 bits."""
+    """Whether there is a flash kernel for these heads: on CPU any; on NVIDIA GPUs from Ampere on, those of 16 bits."""
     d = query.shape[-1]
-    if value.shape[-1] != d:
-        return False
-    return query.device.type == "cpu" or (
-        query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and d % 8 == 0 and d <= 256
-    )
+    if value.shape[-1] != d or query.device.type == "cpu":
+        return value.shape[-1] == d
+    fits = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and d % 8 == 0 and d <= 256
+    return fits and torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def cascade_attention(

@@ -10,7 +10,7 @@ B triplets of a batch, G members of a triplet (chosen = real, rejected = synthet
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args, get_type_hints
@@ -207,6 +207,7 @@ class TSPINTrainer(Trainer):
         self.members = args.members_at(iteration)
         self._meter = Meter()
         self._clock: float | None = None
+        self._sharing: ExitStack | None = None
         self.sequential = args.sequential_backward == "on"
         model = load_model(model) if isinstance(model, str) else model
         if peft_config is not None:
@@ -236,34 +237,45 @@ class TSPINTrainer(Trainer):
             pad = getattr(processing_class, "pad_token_id", None) or 0
             self.data_collator = TripletCollator(pad, self.members, packed=self.sharing)
 
-    def _sharing_prompts(self) -> AbstractContextManager:
-        return share_prompts(causal_lm(self.model)) if self.sharing else nullcontext()
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train; ValueError from the first batch where a row that shares its prompt differs from separate rows."""
-        self._switched = not self.sharing
-        with ExitStack() as self._run:
+        with self._sharing_prompts():
             return super().train(*args, **kwargs)
+
+    @contextmanager
+    def _sharing_prompts(self) -> Iterator[None]:
+        # An evaluation amid training shares the attention, and the check, of the training.
+        if self._sharing is not None:
+            yield
+            return
+        self._sharing, self._verified = ExitStack(), False
+        try:
+            with self._sharing:
+                yield
+        finally:
+            self._sharing = None
+
+    def _begin(self, batch: Batch) -> None:
+        """Let a batch, the first of a run, show that prompts may be shared; until the end of the run, they are."""
+        if self._sharing is None or self._verified or not self.sharing:
+            return
+        if "prefix_layout" in batch:
+            reduce = partial(self.accelerator.reduce, reduction="sum")
+            with self.accelerator.autocast():
+                verify_packed_row(self.model_wrapped, batch, core=self.model, reduce=reduce, **self.scoring)
+        self._verified = True
+        self._sharing.enter_context(share_prompts(causal_lm(self.model)))
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list[Batch], Tensor]:
         """The micro-batches of one optimizer step, and how many triplets all ranks keep in it."""
         self._clock = self._clock or time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and not self._switched:
-            self._verify(batches[0])
-            self._run.enter_context(self._sharing_prompts())
-            self._switched = True
         for batch in batches:
+            self._begin(batch)
             batch["counted"] = self._counted(batch, batch is batches[-1], self.train_dataset)
         kept = sum((self._kept(batch).sum() for batch in batches), torch.zeros((), device=device))
         total: Any = self.accelerator.reduce(kept, "sum")
         return batches, total.clamp(min=1)
-
-    def _verify(self, batch: Batch) -> None:
-        if "prefix_layout" in batch:
-            reduce = partial(self.accelerator.reduce, reduction="sum")
-            with self.accelerator.autocast():
-                verify_packed_row(self.model_wrapped, batch, core=self.model, reduce=reduce, **self.scoring)
 
     def _counted(self, batch: Batch, may_be_last: bool, dataset: Any) -> Tensor:
         """[B] bool, False for rows that accelerate repeats to fill the last round of an epoch on every rank."""
@@ -348,6 +360,7 @@ class TSPINTrainer(Trainer):
         with self._sharing_prompts():
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
+                self._begin(batch)
                 batch["counted"] = self._counted(batch, True, dataloader.dataset)
                 loss, _ = self._score(self.model, batch, 1.0, meter)
                 meter.add({"loss": (loss, self._kept(batch))})

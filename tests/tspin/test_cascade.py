@@ -149,9 +149,12 @@ def test_cudas_kernels_take_the_arguments_that_they_get(monkeypatch):
     assert [x.shape for x in grads] == [x.shape for x in (q, k, v)]
 
 
-def test_cudas_kernels_are_for_16_bits_and_whole_vectors():
+def test_cudas_kernels_are_for_16_bits_and_whole_vectors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with FakeTensorMode():
         make = lambda d, dtype=torch.bfloat16: torch.empty(1, 4, 5, d, dtype=dtype, device="cuda")
         assert can_cascade(make(16), make(16))
         refused = ((make(16, torch.float32), make(16, torch.float32)), (make(12), make(12)), (make(16), make(8)))
         assert not any(can_cascade(*pair) for pair in refused)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert not can_cascade(make(16), make(16))

@@ -1,6 +1,7 @@
 """Training, evaluation and references with shared prompts are those of separate rows, and a model that cannot is refused."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -156,7 +157,21 @@ def test_a_model_that_reads_more_from_a_row_stops_the_run_at_its_first_batch(tmp
     assert torch.equal(parameters(model), before) and model.config._attn_implementation == attention
     train(tmp_path, rows, model, prefix_sharing="off", per_device_train_batch_size=2, method=method)
     with pytest.raises(ValueError, match="use prefix_sharing='off'"):
-        score_references(wrong(), triplets(3), TripletCollator(0), prefix_sharing=True)
+        score_references(wrong(), rows, TripletCollator(0), prefix_sharing=True)
+    args = TSPINConfig(output_dir=str(tmp_path), use_cpu=True, prefix_sharing=sharing, method=method)
+    with pytest.raises(ValueError, match="use prefix_sharing='off'"):
+        TSPINTrainer(wrong(), args, eval_dataset=rows, iteration=1).evaluate()
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+def test_log_probs_that_are_not_finite_in_either_way_are_no_difference(value):
+    model = build()
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(V))
+    rows = triplets(2)
+    with torch.no_grad():
+        model.lm_head.bias[rows[1]["proto_ids"][0]] = value
+    install_scoring(model)
+    verify_packed_row(model, TripletCollator(0, packed=True)(rows))
 
 
 def test_every_run_verifies_its_first_batch_also_after_a_checkpoint(tmp_path, monkeypatch):
