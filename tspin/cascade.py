@@ -38,15 +38,18 @@ class Blocks(NamedTuple):
         return [(slice(*query), slice(*key)) for query, key in pairs]
 
 
+Rows = tuple[slice, ...]
+
+
 class Plan(NamedTuple):
     """Blocks of each part with itself; and blocks of responses with prompts, with the rows of these queries and of these keys."""
 
     own: Blocks
-    cross: tuple[tuple[Tensor, Tensor, Blocks], ...]
+    cross: tuple[tuple[Rows, Rows, Blocks], ...]
 
 
 @lru_cache(maxsize=4)
-def _plan(layout: PrefixLayout, window: int | None, device: torch.device) -> Plan:
+def _plan(layout: PrefixLayout, window: int | None) -> Plan:
     """A prompt with one response is one part with it. A window that leaves the prompt asks for a call per length of responses."""
     farthest = max(P + max(lengths) for P, lengths in layout.groups)
     W = None if window is None or window >= farthest else window
@@ -58,20 +61,34 @@ def _plan(layout: PrefixLayout, window: int | None, device: torch.device) -> Pla
             continue
         own += accumulate(lengths, initial=first)
         if W is None:
-            runs.append((first, own[-1] - first, start, P))
+            runs.append((slice(first, own[-1]), slice(start, first)))
         else:
-            K = min(P, W - 1)
-            runs += [(begin, min(L, W - 1), first - K, K) for begin, L in zip(own[-len(lengths) - 1 :], lengths)]
+            begins = own[-len(lengths) - 1 :]
+            keys = slice(max(start, first - W + 1), first)
+            runs += [(slice(begin, begin + min(L, W - 1)), keys) for begin, L in zip(begins, lengths)]
 
-    def call(runs: list[tuple[int, ...]], reach: int | None) -> tuple[Tensor, Tensor, Blocks]:
-        rows = [torch.cat([torch.arange(run[i], run[i] + run[i + 1]) for run in runs]).to(device) for i in (0, 2)]
-        return *rows, Blocks(*((0, *accumulate(run[i] for run in runs)) for i in (1, 3)), False, reach)
+    def call(runs: list[tuple[slice, slice]], reach: int | None) -> tuple[Rows, Rows, Blocks]:
+        rows = [tuple(run) for run in zip(*runs, strict=True)]
+        return *rows, Blocks(*((0, *accumulate(map(_size, spans))) for spans in rows), False, reach)
 
     if W is None:
         return Plan(Blocks(tuple(own), tuple(own), True), (call(runs, None),) if runs else ())
-    sizes = sorted({run[1] for run in runs} - {0})
-    cross = [call([run for run in runs if run[1] == size], W - 1 - size) for size in sizes]
+    sizes = sorted({_size(queries) for queries, _ in runs} - {0})
+    cross = [call([run for run in runs if _size(run[0]) == size], W - 1 - size) for size in sizes]
     return Plan(Blocks(tuple(own), tuple(own), True, W - 1), tuple(cross))
+
+
+def _size(rows: slice) -> int:
+    return rows.stop - rows.start
+
+
+def _take(x: Tensor, rows: Rows, dim: int = 0) -> Tensor:
+    parts = [x.narrow(dim, span.start, _size(span)) for span in rows]
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0].contiguous()
+
+
+def _parts(x: Tensor, rows: Rows, dim: int = 0) -> list[tuple[slice, Tensor]]:
+    return list(zip(rows, x.split([_size(span) for span in rows], dim), strict=True))
 
 
 def _has_varlen(q: Tensor) -> bool:
@@ -87,7 +104,7 @@ def _ends(blocks: Blocks, device: torch.device) -> tuple[Any, ...]:
 
 def _cpu_options(blocks: Blocks, queries: slice, keys: slice, like: Tensor) -> dict[str, Any]:
     """is_causal or an additive attn_mask of one block, for the flash kernel of the CPU, which knows no windows."""
-    Q, K = queries.stop - queries.start, keys.stop - keys.start
+    Q, K = _size(queries), _size(keys)
     if blocks.reach is None or blocks.reach >= K:
         return {"is_causal": blocks.causal}
     distance = torch.arange(K - Q, K)[:, None] - torch.arange(K)
@@ -136,13 +153,11 @@ class _Cascade(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan, scale: float) -> Tensor:
         out, lse = _forward(q, k, v, plan.own, scale)
         for queries, keys, blocks in plan.cross:
-            shared = (q.index_select(0, queries), k.index_select(0, keys), v.index_select(0, keys))
-            other, other_lse = _forward(*shared, blocks, scale)
-            mine, mine_lse = out.index_select(0, queries), lse.index_select(1, queries)
-            merged = torch.logaddexp(mine_lse, other_lse)
-            sums = mine * _share(mine_lse, merged) + other * _share(other_lse, merged)
-            out.index_copy_(0, queries, sums.to(out.dtype))
-            lse.index_copy_(1, queries, merged)
+            other, other_lse = _forward(_take(q, queries), _take(k, keys), _take(v, keys), blocks, scale)
+            for (rows, part), (_, part_lse) in zip(_parts(other, queries), _parts(other_lse, queries, 1), strict=True):
+                merged = torch.logaddexp(lse[:, rows], part_lse)
+                out[rows] = out[rows] * _share(lse[:, rows], merged) + part * _share(part_lse, merged)
+                lse[:, rows] = merged
         if sinks is not None:
             merged = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
             out, lse = (out * _share(lse, merged)).to(out.dtype), merged
@@ -155,11 +170,12 @@ class _Cascade(torch.autograd.Function):
         q, k, v, sinks, out, lse = ctx.saved_tensors
         grads = _backward(grad, q, k, v, out, lse, ctx.plan.own, ctx.scale)
         for queries, keys, blocks in ctx.plan.cross:
-            rows = (queries, queries, keys, keys, queries)
-            inputs = [x.index_select(0, at) for x, at in zip((grad, q, k, v, out), rows, strict=True)]
-            parts = _backward(*inputs, lse.index_select(1, queries), blocks, ctx.scale)  # type: ignore
-            for whole, part, at in zip(grads, parts, rows[1:4], strict=True):
-                whole.index_add_(0, at, part)
+            of = (queries, queries, keys, keys, queries)
+            inputs = [_take(x, rows) for x, rows in zip((grad, q, k, v, out), of, strict=True)]
+            shares = _backward(*inputs, _take(lse, queries, 1), blocks, ctx.scale)  # type: ignore
+            for whole, share, spans in zip(grads, shares, of[1:4], strict=True):
+                for rows, part in _parts(share, spans):
+                    whole[rows] += part
         of_sinks = None
         if sinks is not None:
             weights = (sinks.to(lse.dtype)[:, None] - lse).exp()
@@ -190,4 +206,4 @@ def cascade_attention(
     window: how many positions a token sees, itself included. sinks: [H] logits of an extra key without value.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return _Cascade.apply(q, k, v, sinks, _plan(layout, window, q.device), scale)[None]  # type: ignore
+    return _Cascade.apply(q, k, v, sinks, _plan(layout, window), scale)[None]  # type: ignore
