@@ -94,12 +94,13 @@ def test_defaults_are_the_papers_and_spins(tmp_path):
     assert (str(args.optim.value), args.weight_decay, args.learning_rate) == ("rmsprop", 0.0, 5e-7)
     assert args.get_warmup_steps(200) == 20 and args.report_to == [] and args.bf16 is False
     # YAML 1.1 reads on and off as booleans.
-    given = {True: "on", False: "off", "auto": "auto"}
-    assert all(TSPINConfig(output_dir=str(tmp_path), use_cpu=True, fused=k).fused == v for k, v in given.items())
+    for name in ("fused", "prefix_sharing", "sequential_backward"):
+        for given, wanted in ((True, "on"), (False, "off"), ("auto", "auto")):
+            assert getattr(TSPINConfig(output_dir=str(tmp_path), use_cpu=True, **{name: given}), name) == wanted
 
 
 WRONG = {"method": "dpo", "loss_type": "hinge", "logp_reduction": "max", "fused": "maybe", "alpha": 0.0, "beta": -0.1}
-WRONG |= {"lam": math.nan, "max_length": 0, "sft_coef": -1.0}
+WRONG |= {"prefix_sharing": "maybe", "sequential_backward": "maybe", "lam": math.nan, "max_length": 0, "sft_coef": -1.0}
 
 
 @pytest.mark.parametrize("name", WRONG)
