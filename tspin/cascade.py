@@ -68,8 +68,9 @@ def _plan(layout: PrefixLayout, window: int | None) -> Plan:
             runs += [(slice(begin, begin + min(L, W - 1)), keys) for begin, L in zip(begins, lengths)]
 
     def call(runs: list[tuple[slice, slice]], reach: int | None) -> tuple[Rows, Rows, Blocks]:
-        rows = [tuple(run) for run in zip(*runs, strict=True)]
-        return *rows, Blocks(*((0, *accumulate(map(_size, spans))) for spans in rows), False, reach)
+        queries, keys = (tuple(spans) for spans in zip(*runs, strict=True))
+        ends = [(0, *accumulate(map(_size, spans))) for spans in (queries, keys)]
+        return queries, keys, Blocks(ends[0], ends[1], False, reach)
 
     if W is None:
         return Plan(Blocks(tuple(own), tuple(own), True), (call(runs, None),) if runs else ())

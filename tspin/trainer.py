@@ -260,9 +260,10 @@ class TSPINTrainer(Trainer):
         if self._sharing is None or self._verified or not self.sharing:
             return
         if "prefix_layout" in batch:
+            wrapped: Any = self.model_wrapped
             reduce = partial(self.accelerator.reduce, reduction="sum")
             with self.accelerator.autocast():
-                verify_packed_row(self.model_wrapped, batch, core=self.model, reduce=reduce, **self.scoring)
+                verify_packed_row(wrapped, batch, core=self.model, reduce=reduce, **self.scoring)
         self._verified = True
         self._sharing.enter_context(share_prompts(causal_lm(self.model)))
 
