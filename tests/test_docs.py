@@ -71,6 +71,14 @@ def test_the_keys_of_the_method_page_exist_and_have_the_defaults_it_states():
         assert (float(expected) if isinstance(default, float) else expected) == default, (key, stated, default)
 
 
+def test_the_messages_that_are_explained_are_still_raised():
+    table = (ROOT / "docs" / "troubleshooting.md").read_text().partition("\n## Messages\n")[2]
+    messages = re.findall(r"^\| `([^`]+)` \|", table, re.M)
+    sources = "".join(path.read_text() for name in ("tspin", "tspin_kernels") for path in (ROOT / name).rglob("*.py"))
+    assert len(messages) == table.count("\n| `") > 5
+    assert [message for message in messages if message not in sources] == []
+
+
 def test_the_reference_page_is_what_the_sources_say():
     spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
     assert spec is not None and spec.loader is not None
