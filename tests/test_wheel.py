@@ -35,15 +35,18 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from a copy of the sources so that no earlier build can lend it a file."""
+    """The wheel as `python -m build` makes it, from the source archive of a copy that no earlier build can lend a file."""
     source = tmp_path_factory.mktemp("source")
     for name in ("tspin", "tspin_kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    build = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
-    run(sys.executable, "-c", build, cwd=source)
-    (made,) = (source / "dist").iterdir()
+    run(sys.executable, "-c", "from setuptools.build_meta import build_sdist; build_sdist('.')", cwd=source)
+    (archive,) = source.glob("*.tar.gz")
+    shutil.unpack_archive(archive, source, filter="data")
+    unpacked = source / archive.name.removesuffix(".tar.gz")
+    run(sys.executable, "-c", "from setuptools.build_meta import build_wheel; build_wheel('.')", cwd=unpacked)
+    (made,) = unpacked.glob("*.whl")
     return made
 
 
