@@ -1,6 +1,12 @@
 """Triplet self-play fine-tuning (T-SPIN, arXiv 2601.08198): generate, train, iterate, resume, report."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tspin.config import SelfPlayConfig
+    from tspin.loop import SelfPlay
+    from tspin.trainer import TSPINConfig, TSPINTrainer
 
 _HOMES = {
     "SelfPlay": "tspin.loop",

@@ -154,7 +154,7 @@ def demo_config(directory: Path, *, quick: bool, seed: int) -> dict[str, object]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; a second call with the same directory goes on where the first stopped."""
-    parser = argparse.ArgumentParser(prog="tspin demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="tspin demo", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path("tspin-demo"), help="where everything goes")
     parser.add_argument(
         "--quick", action="store_true", help="a short run of two iterations, too short to mean anything"

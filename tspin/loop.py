@@ -260,7 +260,7 @@ class SelfPlay:
             attn_implementation=self.config.attn_implementation,
             trust_remote_code=self.config.trust_remote_code,
             quantization="none" if whole else self.config.quantization,
-            device=PartialState().device,
+            device=cast(torch.device, PartialState().device),
         )
 
     def _generate(self, name: str, t: int, directory: Path, rows: int | None = None) -> Path:

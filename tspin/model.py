@@ -81,7 +81,7 @@ def load_model(
                 f"quantization: {quantization!r} wants the package bitsandbytes, which is missing; "
                 "pip install 'tspin[quantization]'"
             )
-        bits = (
+        bits: dict[str, Any] = (
             {"load_in_8bit": True} if quantization == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
         )
         quantized = {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": device}}

@@ -75,8 +75,8 @@ def _group_by_group(batch: Batch) -> Iterator[Batch]:
 
 def _weighted(sequences: SequenceStats, *coefficients: Tensor) -> Tensor:
     # [1], from the coefficients of the log-prob and the entropy; where one is 0 its factor may be infinite.
-    terms = zip(coefficients, sequences[:2], strict=False)
-    return torch.stack([torch.where(c == 0, 0.0, c * value[:, 0]) for c, value in terms]).sum(0)
+    sums: Any = sequences[:2]
+    return torch.stack([torch.where(c == 0, 0.0, c * value[:, 0]) for c, value in zip(coefficients, sums)]).sum(0)
 
 
 def backward_one_by_one(
