@@ -56,6 +56,8 @@ class TSPINConfig(TrainingArguments):
         fused: "on" scores through the output head without [N, V] logits and refuses models where that is inexact;
             "off" takes the model's logits; "auto" is "on" where it is exact, otherwise "off" with a warning.
         memory_budget: bytes that the head may use for blocks of logits; None lets the op choose.
+        prefix_sharing: the prompt of a triplet computed once, in one row with its responses.
+        sequential_backward: one response at a time.
     """
 
     method: Literal["tspin", "tspin_no_history", "tspin_ref", "spin", "sft"] = "tspin"
@@ -72,6 +74,8 @@ class TSPINConfig(TrainingArguments):
     max_length: int = 2048
     fused: Literal["auto", "on", "off"] = "auto"
     memory_budget: int | None = None
+    prefix_sharing: Literal["auto", "on", "off"] = "auto"
+    sequential_backward: Literal["auto", "on", "off"] = "auto"
 
     learning_rate: float = 5e-7
     num_train_epochs: float = 3.0
