@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, Trainer
 
 from tspin.model import _causal_lm, disable_dropout, head_of
 from tspin.prefix import PrefixLayout, layout_inputs, refusal, share_prompts
-from tspin.tracing import WORK, FlashAttention, LiveBytes, Select, assume_no_padding, head_loss
+from tspin.tracing import WORK, LiveBytes, Select, assume_no_padding, flash_attention, head_loss
 
 if TYPE_CHECKING:
     from tspin.trainer import TSPINConfig
@@ -163,7 +163,7 @@ class _Step:
             for p in trainable:
                 p.grad = torch.empty_like(p)
             live.hold([p.grad for p in trainable], GRADIENTS)
-        with live, FlashAttention() if self.gpu else nullcontext():
+        with live, flash_attention() if self.gpu else nullcontext():
             with self._autocast():
                 loss = self._forward(live)
             live.label, live.phase = WORK, "backward"

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -116,18 +116,25 @@ class _FlashAttention(torch.autograd.Function):
         return *grads, None
 
 
-class FlashAttention(TorchFunctionMode):
-    """While it is on, scaled_dot_product_attention is `_FlashAttention`."""
+def _flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
+    # A boolean mask becomes one of the queries' dtype, which the kernel keeps.
+    bias = None if attn_mask is None else attn_mask.new_empty(attn_mask.shape, dtype=query.dtype)
+    return _FlashAttention.apply(query, key, value, bias)
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        query, key, value = args[:3]
-        mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-        # A boolean mask becomes one of the queries' dtype, which the kernel keeps.
-        bias = None if mask is None else mask.new_empty(mask.shape, dtype=query.dtype)
-        return _FlashAttention.apply(query, key, value, bias)
+
+@contextmanager
+def flash_attention() -> Iterator[None]:
+    """Within it, scaled_dot_product_attention is `_FlashAttention`, in layers that a backward runs again too."""
+    plain = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _flash_attention  # a function mode would be off during a backward
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
 
 
 def assume_no_padding(model: PreTrainedModel) -> None:
