@@ -10,11 +10,13 @@ P prompt tokens, L tokens of a response, G members of a triplet.
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
 WEIGHTS, FROZEN, STATES, GRADIENTS = "weights", "frozen weights", "optimizer states", "gradients"
 KEPT, HEAD, LOGITS = "activations kept for the backward", "output head", "logits"
+_LAST, _BETWEEN, _FIRST = "backward of the last layer", "backward", "backward of the first layer"
+_DEPTHS = (3, 4)
+_Phases = dict[str, dict[str, int]]
 # Bytes of optimizer state per trainable element, where the optimizer's package is not at hand to be asked.
 _STATES = {"adamw": 2, "adam": 2, "rmsprop": 1, "lion": 1, "ademamix": 3, "adafactor": 0}
 _PROBE = 4096
@@ -111,26 +116,72 @@ def predict_memory(
         raise ValueError(
             f"prompt_tokens, response_tokens: want positive lengths, got {prompt_tokens} and {response_tokens}"
         )
-    context = Context(prompt_tokens, lengths)
+    sequential = args.sequential_backward == "on" if sequential is None else sequential
     optimizer = _optimizer_bytes(args, dtype, gpu)
-    with _quiet(), torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-        )
-        shared = args.prefix_sharing != "off" and refusal(model) is None  # type: ignore[arg-type]
-        if peft_config is not None:
-            from peft import get_peft_model
+    loading = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
 
-            model = get_peft_model(model, peft_config)  # type: ignore
-    with _quiet(), FakeTensorMode(), torch.device("cpu"):
-        _leave_meta(model)
-        sequential = args.sequential_backward == "on" if sequential is None else sequential
-        batch = 1 if sequential else args.per_device_train_batch_size if triplets is None else triplets
-        members_at_once = (max(lengths),) if sequential else lengths
-        step = _Step(args, model, Context(prompt_tokens, members_at_once), batch, shared, gpu)
-        step.accumulates = sequential or args.gradient_accumulation_steps > 1
-        phases = step.trace(optimizer)
-    return MemoryPrediction(context, phases, shared, sequential)
+    def trace(config: PreTrainedConfig) -> MemoryPrediction:
+        with _quiet():
+            with torch.device("meta"):
+                model: nn.Module = AutoModelForCausalLM.from_config(config, **loading)
+                shared = args.prefix_sharing != "off" and refusal(model) is None  # type: ignore[arg-type]
+                if peft_config is not None:
+                    from peft import get_peft_model
+
+                    model = get_peft_model(model, peft_config)  # type: ignore
+            with FakeTensorMode(), torch.device("cpu"):
+                _leave_meta(model)
+                batch = 1 if sequential else args.per_device_train_batch_size if triplets is None else triplets
+                step = _Step(
+                    args, model, Context(prompt_tokens, (max(lengths),) if sequential else lengths), batch, shared, gpu
+                )
+                step.accumulates = sequential or args.gradient_accumulation_steps > 1
+                phases = step.trace(optimizer)
+        return MemoryPrediction(Context(prompt_tokens, lengths), phases, shared, sequential)
+
+    depth = config.get_text_config().num_hidden_layers
+    if depth <= max(_DEPTHS) or not _has_equal_layers(config, trust_remote_code):
+        return trace(config)
+    few, more = (trace(_with_depth(config, n)) for n in _DEPTHS)
+    return replace(more, phases=_at_depth(few.phases, more.phases, depth))
+
+
+def _with_depth(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    depth = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == depth:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return config
+
+
+def _has_equal_layers(config: PreTrainedConfig, trust_remote_code: bool) -> bool:
+    text = config.get_text_config()
+    if len(set(getattr(text, "layer_types", None) or ())) > 1:
+        return False
+    with _quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    layers = _layers(model, text.num_hidden_layers)
+    return len({(type(layer), *((n, p.shape) for n, p in layer.named_parameters())) for layer in layers}) == 1
+
+
+def _layers(model: nn.Module, depth: int) -> list[nn.Module]:
+    lists = (list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    return next(lists, [])
+
+
+def _at_depth(few: _Phases, more: _Phases, depth: int) -> _Phases:
+    # Every term is linear in the layers at the forward's end and in the backward of the last and the first of them; between
+    # those two it goes evenly from the one to the other.
+    low, high = _DEPTHS
+    phases = {}
+    for phase in more.keys() - {_BETWEEN}:
+        a, b = few[phase], more[phase]
+        terms = {t: a.get(t, 0) + (b.get(t, 0) - a.get(t, 0)) * (depth - low) // (high - low) for t in a | b}
+        phases[phase] = {term: size for term, size in terms.items() if size > 0}
+    return {phase: phases[phase] for phase in more if phase in phases}
 
 
 class _Step:
@@ -166,7 +217,7 @@ class _Step:
         with live, flash_attention() if self.gpu else nullcontext():
             with self._autocast():
                 loss = self._forward(live)
-            live.label, live.phase = WORK, "backward"
+            live.label, live.phase = WORK, _LAST
             loss.backward()
             del loss
             live.relabel([p.grad for p in trainable], GRADIENTS)
@@ -180,6 +231,9 @@ class _Step:
         per_group = [sum(self.context.responses)] * self.triplets
         inputs = self._inputs()
         live.phase, core = "forward", _causal_lm(self.model)
+        layers = _layers(core, core.config.get_text_config().num_hidden_layers)
+        for layer, phase in zip(layers[-2::-1], [_BETWEEN] * (len(layers) - 2) + [_FIRST], strict=True):
+            layer.register_forward_hook(partial(_on_gradient, partial(setattr, live, "phase", phase)))
         if self.args.fused == "off":
             logits = self.model(**inputs, use_cache=False).logits
             live.relabel_all(WORK, KEPT)
@@ -211,6 +265,12 @@ class _Step:
     def _autocast(self) -> Any:
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
+
+
+def _on_gradient(enter: Callable[[], None], module: nn.Module, args: Any, output: Any) -> None:
+    hidden = output[0] if isinstance(output, tuple) else output
+    if hidden.requires_grad and torch.is_grad_enabled():
+        hidden.register_hook(lambda _: enter())
 
 
 def _leave_meta(model: nn.Module) -> None:
