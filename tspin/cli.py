@@ -135,7 +135,7 @@ def _tokenizer(config: SelfPlayConfig) -> PreTrainedTokenizerBase:
     return load_tokenizer(name, revision=revision, trust_remote_code=config.trust_remote_code)
 
 
-def _model(config: SelfPlayConfig) -> Any:
+def _model(config: SelfPlayConfig, device: Any = "cpu") -> Any:
     from tspin.model import load_model
 
     return load_model(
@@ -144,6 +144,8 @@ def _model(config: SelfPlayConfig) -> Any:
         dtype=config.torch_dtype,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
+        quantization=config.quantization,
+        device=device,
     )
 
 
@@ -184,7 +186,7 @@ def _generate(args: argparse.Namespace, words: list[str]) -> None:
     examples, _ = load_examples(config, tokenizer, split=args.split)
     with run_lock(config.output_dir, state.process_index), disk_errors(config.output_dir):
         generate_responses(
-            _model(config).to(state.device),
+            _model(config, state.device),
             tokenizer,
             examples,
             config.output_dir,
@@ -222,9 +224,10 @@ def _train(args: argparse.Namespace, words: list[str]) -> None:
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"--triplets: want a whole parquet file, got {args.triplets}: {error}") from error
     tokenizer, final = _tokenizer(config), Path(config.output_dir) / "model"
+    training_args = _training_args(config, args.iteration)
     trainer = TSPINTrainer(
-        _model(config),
-        _training_args(config, args.iteration),
+        _model(config, training_args.device),
+        training_args,
         dataset,
         processing_class=tokenizer,
         peft_config=lora_config(config),
@@ -252,7 +255,7 @@ def _eval(args: argparse.Namespace, words: list[str]) -> None:
     mine = examples[state.process_index :: state.num_processes]
     parts: list[dict[str, Any]] = []
     if mine:
-        model = _model(config).to(state.device)
+        model = _model(config, state.device)
         result = evaluate(
             model,
             tokenizer,

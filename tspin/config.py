@@ -66,6 +66,9 @@ class SelfPlayConfig:
     attn_implementation: str | None = _key(None, "model", "as in transformers, e.g. sdpa")
     trust_remote_code: bool = _key(False, "model", "run Python code that comes with the checkpoint")
     use_peft: bool = _key(False, "model", "train LoRA adapters (needs the extra `peft`)")
+    quantization: Literal["none", "nf4", "int8"] = _key(
+        "none", "model", "bits of the frozen weights under the adapters, as QLoRA (needs the extra `quantization`)"
+    )
     lora_r: int = _key(16, "model", "rank of the adapters")
     lora_alpha: int = _key(32, "model", "scale of the adapters is lora_alpha / lora_r")
     lora_target_modules: str | list[str] = field(
@@ -383,6 +386,7 @@ def _validate(config: SelfPlayConfig) -> None:
         _want(config, key, (value := getattr(config, key)) is None or bound <= value < 2**32, f"{bound} or more")
     for key in ("model_name_or_path", "dataset", "dataset_split", "eval_split", "output_dir"):
         _want(config, key, bool(getattr(config, key).strip()), "a name that is not empty")
+    _want(config, "quantization", config.use_peft or config.quantization == "none", "use_peft: true beside it")
     _want(config, "top_p", 0 < config.top_p <= 1, "more than 0 and at most 1")
     is_template = config.prompt_template == "chat" or config.prompt_template.count("{prompt}") == 1
     _want(config, "prompt_template", is_template, "text that contains {prompt} once, or the word chat")

@@ -244,22 +244,23 @@ class SelfPlay:
         fixed |= {"save_total_limit": None, "save_only_model": False, "ddp_timeout": 7 * 24 * 3600}
         return TSPINConfig(**self.config.training_at(t) | fixed)
 
-    def _load(self, t: int) -> PreTrainedModel:
-        """The weights of pi_t, on this process's device."""
+    def _load(self, t: int, whole: bool = False) -> PreTrainedModel:
+        """The weights of pi_t, on this process's device; `whole` in the precision in which they are kept."""
         path = self._at(t - 1) / "model"
         if t > 0 and not path.exists():
             raise ValueError(
                 f"{path} is missing; restore it, or delete {self._at(t - 1)} and all later iterations, "
                 "and the same command makes them again"
             )
-        model = load_model(
+        return load_model(
             self.config.model_name_or_path if t == 0 else str(path),
             revision=self.revision if t == 0 else None,
             dtype=self.config.torch_dtype,
             attn_implementation=self.config.attn_implementation,
             trust_remote_code=self.config.trust_remote_code,
+            quantization="none" if whole else self.config.quantization,
+            device=PartialState().device,
         )
-        return cast(PreTrainedModel, model.to(PartialState().device))  # type: ignore
 
     def _generate(self, name: str, t: int, directory: Path, rows: int | None = None) -> Path:
         """Sample responses of pi_t with the seed of `name` into `directory`."""
@@ -362,7 +363,9 @@ class SelfPlay:
                 if self.config.use_peft:
                     from peft import PeftModel
 
-                    PeftModel.from_pretrained(self._load(t), str(final)).merge_and_unload().save_pretrained(staged)
+                    PeftModel.from_pretrained(self._load(t, whole=True), str(final)).merge_and_unload().save_pretrained(
+                        staged
+                    )
                     self.tokenizer.save_pretrained(staged)
                 else:
                     ignore = shutil.ignore_patterns(*_NOT_OF_THE_MODEL)

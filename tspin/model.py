@@ -9,6 +9,7 @@ N response tokens, R rows of tokens of length T, B groups (prompts), G members o
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import logging
 import os
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -44,6 +46,8 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str = "none",
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
     """The causal LM of a local directory or a hub name, from safetensors only.
 
@@ -53,8 +57,11 @@ def load_model(
         dtype: of the weights. Keep "float32" for training: a step of 5e-7 vanishes in bfloat16.
         attn_implementation: transformers' name of the attention; None for its default.
         trust_remote_code: run code that comes with the checkpoint.
+        quantization: "nf4" or "int8" keeps the weights of the linear layers (not of the output head) in 4 or 8 bits, through
+            bitsandbytes; they can then be trained by adapters only.
+        device: where the weights go.
     Raises:
-        ValueError: the checkpoint is pickled, damaged, or lacks weights of the model.
+        ValueError: the checkpoint is pickled, damaged, or lacks weights of the model; bitsandbytes is missing.
     """
     # Without it transformers asks a hub service to convert a pickled checkpoint and waits for the answer.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -66,6 +73,17 @@ def load_model(
                 f"model_name_or_path: want safetensors, got the pickled {os.path.join(name_or_path, pickled[0])}, "
                 "which can run code when it is loaded; convert to safetensors with save_pretrained where you trust it"
             )
+    quantized = {}
+    if quantization != "none":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(
+                f"quantization: {quantization!r} wants the package bitsandbytes, which is missing; "
+                "pip install 'tspin[quantization]'"
+            )
+        bits = (
+            {"load_in_8bit": True} if quantization == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        )
+        quantized = {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": device}}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
@@ -75,6 +93,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **quantized,
         )
     except Exception as error:
         raise ValueError(
@@ -87,7 +106,7 @@ def load_model(
             f"model_name_or_path: {name_or_path!r} lacks the weights {sorted(info['missing_keys'])[:5]}, which would "
             "start at random; want a complete checkpoint of a causal LM"
         )
-    return model
+    return model if quantized else model.to(device)
 
 
 def load_tokenizer(
@@ -151,7 +170,7 @@ def _head_weight(head: Any) -> Tensor:
         return head.weight
     from peft.tuners.lora import Linear
 
-    if type(head) is not Linear or head.lora_variant or any(head.lora_bias.values()):
+    if not isinstance(head, Linear) or head.lora_variant or any(head.lora_bias.values()):
         raise ValueError(
             f"peft_config: want plain LoRA on the output head, got {type(head).__name__} with variants "
             f"{sorted(getattr(head, 'lora_variant', {}))}; leave the head out of target_modules, or use fused='off'"
@@ -307,20 +326,36 @@ class ScoreRequest:
     fused: bool = True
 
 
+def _call_as(module: nn.Module, forward: Callable, *args: Any) -> Any:
+    # Hooks of the module fire as in a forward of its own: FSDP gathers the weight there and scatters its gradient.
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        return module(*args)
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
 def _score(model: nn.Module, plain_forward: Callable, score: ScoreRequest, **inputs) -> tuple[Tensor, SequenceStats]:
     groups = {name: getattr(score, name) for name in ("group_size", "group_inputs", "num_groups", "normalizer")}
     if score.fused:
         hidden = _causal_lm(model).base_model(**inputs, use_cache=False).last_hidden_state
-        head = head_of(model)
-        return linear_sequence_loss(
-            *(hidden.flatten(0, 1), head.weight, score.targets, score.sequence_ids, score.loss_fn, head.bias),  # type: ignore
-            rows=score.rows,
-            entropy=score.entropy,
-            memory_budget=score.memory_budget,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            **groups,
-        )
+
+        def loss(hidden: Tensor) -> tuple[Tensor, SequenceStats]:
+            head = head_of(model)
+            return linear_sequence_loss(
+                *(hidden.flatten(0, 1), head.weight, score.targets, score.sequence_ids, score.loss_fn, head.bias),  # type: ignore
+                rows=score.rows,
+                entropy=score.entropy,
+                memory_budget=score.memory_budget,
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+                **groups,
+            )
+
+        return _call_as(_head_module(model), loss, hidden)
     logits = plain_forward(model, **inputs, use_cache=False).logits.flatten(0, 1)[score.rows]
     every = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     logprobs = every.gather(-1, score.targets[:, None])[:, 0]

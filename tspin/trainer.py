@@ -10,7 +10,9 @@ B triplets of a batch, G members of a triplet (chosen = real, rejected = synthet
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
@@ -22,6 +24,7 @@ from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from tspin.data import MEMBERS, TripletCollator, tokenize_triplets
 from tspin.model import add_adapter, install_scoring, load_model, probe_head, score_batch, warn_of_rounded_steps
+from tspin.sequential import backward_one_by_one
 from tspin_kernels import SequenceStats, sft_loss, spin_loss, tspin_loss, tspin_ref_loss
 
 logger = logging.getLogger(__name__)
@@ -56,8 +59,8 @@ class TSPINConfig(TrainingArguments):
         fused: "on" scores through the output head without [N, V] logits and refuses models where that is inexact;
             "off" takes the model's logits; "auto" is "on" where it is exact, otherwise "off" with a warning.
         memory_budget: bytes that the head may use for blocks of logits; None lets the op choose.
-        prefix_sharing: the prompt of a triplet computed once, in one row with its responses.
-        sequential_backward: one response at a time.
+        sequential_backward: "on" runs the backward one response at a time, in the activation memory of the longest one and
+            about a third more time; "auto" does where the joint pass would not fit the GPU.
     """
 
     method: Literal["tspin", "tspin_no_history", "tspin_ref", "spin", "sft"] = "tspin"
@@ -74,7 +77,6 @@ class TSPINConfig(TrainingArguments):
     max_length: int = 2048
     fused: Literal["auto", "on", "off"] = "auto"
     memory_budget: int | None = None
-    prefix_sharing: Literal["auto", "on", "off"] = "auto"
     sequential_backward: Literal["auto", "on", "off"] = "auto"
 
     learning_rate: float = 5e-7
@@ -89,12 +91,13 @@ class TSPINConfig(TrainingArguments):
 
     def __post_init__(self):
         # YAML 1.1 reads on and off as booleans.
-        if isinstance(self.fused, bool):
-            self.fused = "on" if self.fused else "off"
+        for name in ("fused", "sequential_backward"):
+            if isinstance(getattr(self, name), bool):
+                setattr(self, name, "on" if getattr(self, name) else "off")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         hints = get_type_hints(TSPINConfig)
-        for name in ("method", "loss_type", "logp_reduction", "fused"):
+        for name in ("method", "loss_type", "logp_reduction", "fused", "sequential_backward"):
             if getattr(self, name) not in get_args(hints[name]):
                 raise ValueError(f"{name}: want one of {get_args(hints[name])}, got {getattr(self, name)!r}")
         for name in ("alpha", "lam", "max_length", "beta", "beta_first_iteration", "sft_coef"):
@@ -256,6 +259,7 @@ class TSPINTrainer(Trainer):
         self.members = args.members_at(iteration)
         self._meter = _Meter()
         self._clock: float | None = None
+        self.sequential = args.sequential_backward == "on"
         model = load_model(model) if isinstance(model, str) else model
         if peft_config is not None:
             model = add_adapter(model, peft_config, seed=args.seed)
@@ -270,6 +274,11 @@ class TSPINTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.sequential and self.is_deepspeed_enabled:
+            raise ValueError(
+                "sequential_backward: want 'off' with DeepSpeed, whose engine steps after a backward of its own count, "
+                f"got {args.sequential_backward!r}; shard with FSDP2 instead"
+            )
         if optimizers[0] is None:
             warn_of_rounded_steps(self.model, args)
         # The loss is already divided by the count of get_batch_samples: Trainer must not divide it again.
@@ -307,16 +316,23 @@ class TSPINTrainer(Trainer):
         return batch["counted"] & ~batch["identical"] if self.args.drop_identical else batch["counted"]
 
     def _score(self, model: nn.Module, batch: Batch, normalizer: Any, meter: _Meter) -> tuple[Tensor, SequenceStats]:
-        loss, sequences = score_batch(
-            model,
-            batch,
-            self.loss_fn,
-            group_inputs=(self._kept(batch), *([batch["ref_logps"]] if self.args.needs_references else [])),
-            normalizer=normalizer,
-            entropy="grad" if self.args.entropy_coef else "value",
-            memory_budget=self.args.memory_budget,
-            fused=self.fused,
-        )
+        score = partial(score_batch, model, memory_budget=self.args.memory_budget, fused=self.fused)
+        request: dict[str, Any] = {
+            "group_inputs": (self._kept(batch), *([batch["ref_logps"]] if self.args.needs_references else [])),
+            "normalizer": normalizer,
+            "entropy": "grad" if self.args.entropy_coef else "value",
+        }
+        if self.sequential and torch.is_grad_enabled():
+            # A sharded model adds up its shards at every backward; its ranks must run alike.
+            sharded = self.is_fsdp_enabled
+            loss, sequences = backward_one_by_one(
+                *(score, self.accelerator.backward, batch, self.loss_fn),
+                unsynced=nullcontext if sharded else partial(self.accelerator.no_sync, model),
+                skip_zeros=not sharded,
+                **request,
+            )
+        else:
+            loss, sequences = score(batch, self.loss_fn, **request)
         meter.add(triplet_metrics(self.args, self.members, sequences, batch))
         return loss, sequences
 

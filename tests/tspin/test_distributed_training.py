@@ -29,6 +29,10 @@ SCENARIOS = {
         {"per_device_train_batch_size": 3, "entropy_coef": 0.3, "sft_coef": 0.2, "logp_reduction": "mean"},
     ),
     "lora": (triplets(6), {"per_device_train_batch_size": 1, "lora": True}),
+    "sequential": (
+        triplets(7, identical=(0, 3)),
+        {"per_device_train_batch_size": 2, "sequential_backward": "on", "drop_identical": True, "entropy_coef": 0.1},
+    ),
     "plain": (triplets(6), {"per_device_train_batch_size": 1, "fused": "off"}),
 }
 VOLATILE = {"tokens_per_second", "epoch"}

@@ -19,19 +19,20 @@ from tspin import loop, storage
 from tspin.config import SelfPlayConfig
 from tspin.generate import derived_seed
 from tspin.loop import SelfPlay
+from tspin.model import load_model
 from tspin.storage import model_hash
 
 METHODS = ("tspin", "spin", "sft", "tspin_ref", "tspin_no_history")
 TIMINGS = ("tokens_per_second", "memory/peak_gib")
 
 
-def make_toy(root: Path) -> None:
-    """A model of width 16, its tokenizer, and 24 training and 6 held-out sums."""
+def make_toy(root: Path, width: int = 16) -> None:
+    """A small model, its tokenizer, and 24 training and 6 held-out sums."""
     vocabulary = {"<pad>": 0, "<eos>": 1} | {c: i + 2 for i, c in enumerate("0123456789+=")}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="="))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1, "num_attention_heads": 2}
     special = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
     torch.manual_seed(0)
     LlamaForCausalLM(
@@ -334,3 +335,37 @@ def test_a_directory_in_use_is_refused(toy, tmp_path):
         with pytest.raises(ValueError, match=f"in use by process {holder.pid}"):
             SelfPlay(toy_config(toy, tmp_path / "run")).run()
         holder.communicate("\n")
+
+
+def test_adapters_over_quantized_weights(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="the extra quantization is not installed")
+    root, loaded = tmp_path / "toy", []
+    make_toy(root, width=64)
+
+    def load(*args, **options):
+        loaded.append(load_model(*args, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr("tspin.loop.load_model", load)
+    options = {"use_peft": True, "lora_r": 2, "learning_rate": 1e-2, "quantization": "nf4"}
+    result = SelfPlay(toy_config(root, tmp_path / "one", **options)).run()
+    # Sampled and trained as quantized, merged into whole weights.
+    kinds = [getattr(model, "is_quantized", False) for model in loaded]
+    assert kinds.count(False) == 2 and kinds.count(True) >= 5
+    assert {p.dtype for p in load_model(str(result.model_dir)).parameters()} == {torch.float32}
+    assert model_hash(root / "model") != model_hash(tmp_path / "one/iter_00/model") != result.model_hash
+    assert SelfPlay(toy_config(root, tmp_path / "two", **options)).run().model_hash == result.model_hash
+
+
+def test_weights_of_8_bits(toy):
+    pytest.importorskip("bitsandbytes", reason="the extra quantization is not installed")
+    model = load_model(str(toy / "model"), quantization="int8")
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.int8 and model.lm_head.weight.dtype == torch.float32
+
+
+def test_quantization_wants_adapters_and_its_package(toy, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="quantization: want use_peft: true beside it, got 'nf4'"):
+        toy_config(toy, tmp_path, quantization="nf4")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"quantization: 'nf4' wants the package bitsandbytes.*tspin\[quantization\]"):
+        load_model(str(toy / "model"), quantization="nf4")

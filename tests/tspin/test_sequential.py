@@ -1,0 +1,133 @@
+"""The backward one response at a time gives what the joint pass gives, in the memory of one response."""
+
+from collections import Counter
+
+import pytest
+import torch
+from peft import LoraConfig
+from test_trainer import V, build, parameters, train, triplets
+from transformers import Trainer
+
+from tspin.data import TripletCollator
+from tspin.model import add_adapter, install_scoring, score_batch
+from tspin.sequential import backward_one_by_one, one_by_one
+from tspin.trainer import TSPINConfig, TSPINTrainer
+
+CASES = {method: {"method": method} for method in ("tspin", "tspin_no_history", "tspin_ref", "spin", "sft")} | {
+    "regularised": {"entropy_coef": 0.3, "sft_coef": 0.2, "logp_reduction": "mean"},
+    "spin_entropy": {"method": "spin", "entropy_coef": -0.2, "loss_type": "exponential"},
+    "drop_identical": {"drop_identical": True},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "checkpointing": {"gradient_checkpointing": True},
+    "plain": {"fused": "off"},
+    "momentum": {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1},
+    "lora": {"lora": True},
+}
+
+
+def run(tmp_path, options, sequential):
+    options = {"per_device_train_batch_size": 4, "alpha": 0.1} | options
+    model = build()
+    if options.pop("lora", False):
+        adapter = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+        model = add_adapter(model, adapter, seed=0)
+    rows = triplets(7, identical=(0, 3, 6), references=True)
+    return train(tmp_path, rows, model, sequential_backward=sequential, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_trajectories_and_metrics_are_those_of_the_joint_pass(tmp_path, name):
+    joint, logs, _ = run(tmp_path, CASES[name], "off")
+    points, others, _ = run(tmp_path, CASES[name], "on")
+    assert (joint[-1] - joint[0]).abs().max() > 1e-3
+    torch.testing.assert_close(points, joint, rtol=1e-6, atol=1e-6)
+    for log, other in zip(logs, others, strict=True):
+        assert set(log) == set(other)
+        shared = set(log) - {"tokens_per_second"}
+        assert {k: other[k] for k in shared} == pytest.approx({k: log[k] for k in shared}, rel=1e-5, abs=1e-5)
+
+
+def test_under_autocast_they_differ_by_its_rounding(tmp_path):
+    joint, _, _ = run(tmp_path, {"bf16": True}, "off")
+    points, _, _ = run(tmp_path, {"bf16": True}, "on")
+    moved = (joint[-1] - joint[0]).abs().max()
+    assert (points - joint).abs().max() < 0.02 * moved
+
+
+def test_gradients_are_taken_of_one_unpadded_row_at_a_time_and_never_of_zeros(tmp_path):
+    seen = []
+    model = build()
+
+    def record(module, args, inputs):
+        if torch.is_grad_enabled():
+            seen.append(tuple(inputs["input_ids"].shape))
+
+    # The trainer installs its forward on the model; the hook sees every call of it.
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    rows = triplets(4, identical=(1, 3))
+    options = {"sequential_backward": "on", "drop_identical": True, "per_device_train_batch_size": 4}
+    train(tmp_path, rows, model, num_train_epochs=1, **options)
+    kept = [
+        (1, len(row["prompt_ids"]) + len(row[f"{m}_ids"])) for row in rows[::2] for m in ("chosen", "rejected", "proto")
+    ]
+    # The last row of a batch runs whatever its coefficient.
+    assert not Counter(kept) - Counter(seen) and len(seen) - len(kept) in (0, 1)
+
+
+def test_rows_are_those_of_the_batch():
+    rows = triplets(3)
+    batch = TripletCollator(pad_token_id=0)(rows)
+    singles = list(one_by_one(batch))
+    wanted = [(row["prompt_ids"], row[f"{m}_ids"]) for row in rows for m in ("chosen", "rejected", "proto")]
+    for single, (prompt, response) in zip(singles, wanted, strict=True):
+        assert single["input_ids"].tolist() == [prompt + response]
+        assert single["attention_mask"].all() and single["attention_mask"].shape == single["input_ids"].shape
+        assert single["rows"].tolist() == list(range(len(prompt) - 1, len(prompt) + len(response) - 1))
+        assert single["targets"].tolist() == response and not single["sequence_ids"].any()
+        assert single["lengths"].tolist() == [[len(response)]]
+
+
+def test_an_infinite_log_prob_without_weight_leaves_loss_and_gradient_finite():
+    model = build()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(V))
+    with torch.no_grad():
+        model.lm_head.bias[5] = -torch.inf
+    install_scoring(model)
+    rows = triplets(2)
+    rows[1]["proto_ids"] = [5, 7]
+    keep = torch.tensor([True, False])
+
+    def loss_fn(sequences, keep):
+        logprobs = torch.where(keep[:, None], sequences.logprobs, 0.0)
+        return torch.where(keep, -logprobs[:, 0] + logprobs[:, 1], 0.0)
+
+    batch = TripletCollator(pad_token_id=0)(rows)
+    for skip_zeros in (True, False):
+        model.zero_grad()
+        score = lambda *args, **options: score_batch(model, *args, **options)
+        loss, sequences = backward_one_by_one(
+            *(score, lambda loss: loss.backward(), batch, loss_fn), group_inputs=(keep,), skip_zeros=skip_zeros
+        )
+        loss.backward()
+        assert sequences.logprobs[1, 2] == -torch.inf and torch.isfinite(loss)
+        assert torch.isfinite(model.lm_head.weight.grad).all() and model.lm_head.weight.grad.abs().max() > 0
+
+
+def test_a_step_without_any_weight_still_has_gradients(tmp_path):
+    points, logs, _ = train(
+        tmp_path, triplets(2, identical=(0, 1)), drop_identical=True, num_train_epochs=1, sequential_backward="on"
+    )
+    assert torch.equal(points[-1], parameters(build())) and logs[0]["loss"] == 0
+
+
+def test_deepspeed_is_refused(tmp_path, monkeypatch):
+    def pretend(self, create=Trainer.create_accelerator_and_postprocess):
+        create(self)
+        self.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", pretend)
+    args = TSPINConfig(output_dir=str(tmp_path), use_cpu=True, sequential_backward="on")
+    with pytest.raises(ValueError, match=r"sequential_backward: want 'off' with DeepSpeed.*FSDP2"):
+        TSPINTrainer(build(), args, triplets(2))
