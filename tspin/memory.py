@@ -92,6 +92,7 @@ def predict_memory(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     gpu: bool = True,
+    sharing: bool = True,
     sequential: bool | None = None,
     iteration: int = 1,
 ) -> MemoryPrediction:
@@ -105,6 +106,7 @@ def predict_memory(
         dtype: of the weights. peft_config: the adapter to train, None for all weights.
         attn_implementation, trust_remote_code: as for loading.
         gpu: of a CUDA GPU with a fused attention kernel; False: of this machine's CPU.
+        sharing: one row for a triplet, where the model can; else three rows.
         sequential: one response at a time; None follows `args.sequential_backward`, "auto" being the joint pass.
         iteration: of the loop, which decides whether there is a proto response.
     Raises:
@@ -124,7 +126,7 @@ def predict_memory(
         with _quiet():
             with torch.device("meta"):
                 model: nn.Module = AutoModelForCausalLM.from_config(config, **loading)
-                shared = args.prefix_sharing != "off" and refusal(model) is None  # type: ignore[arg-type]
+                shared = sharing and refusal(model) is None  # type: ignore[arg-type]
                 if peft_config is not None:
                     from peft import get_peft_model
 
