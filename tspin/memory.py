@@ -11,12 +11,13 @@ P prompt tokens, L tokens of a response, G members of a triplet.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Trainer
 
 from tspin.model import _causal_lm, disable_dropout, head_of
-from tspin.prefix import PrefixLayout, layout_inputs, refusal, share_prompts
+from tspin.prefix import NAME, PrefixLayout, layout_inputs, refusal
 from tspin.tracing import WORK, LiveBytes, Select, assume_no_padding, flash_attention, head_loss
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 WEIGHTS, FROZEN, STATES, GRADIENTS = "weights", "frozen weights", "optimizer states", "gradients"
 KEPT, HEAD, LOGITS = "activations kept for the backward", "output head", "logits"
 _LAST, _BETWEEN, _FIRST = "backward of the last layer", "backward", "backward of the first layer"
+OPTIMIZER_PHASE = "optimizer"
+BACKWARD_PHASES = ("forward", "loss", _LAST, _BETWEEN, _FIRST)
 _DEPTHS = (3, 4)
 _Phases = dict[str, dict[str, int]]
 # Bytes of optimizer state per trainable element, where the optimizer's package is not at hand to be asked.
@@ -95,6 +98,8 @@ def predict_memory(
     sharing: bool = True,
     sequential: bool | None = None,
     iteration: int = 1,
+    members: int | None = None,
+    quantization: str = "none",
 ) -> MemoryPrediction:
     """The memory of one optimizer step of `TSPINTrainer` on triplets of the given lengths.
 
@@ -108,11 +113,12 @@ def predict_memory(
         gpu: of a CUDA GPU with a fused attention kernel; False: of this machine's CPU.
         sharing: one row for a triplet, where the model can; else three rows.
         sequential: one response at a time; None follows `args.sequential_backward`, "auto" being the joint pass.
-        iteration: of the loop, which decides whether there is a proto response.
+        iteration: of the loop, which decides whether there is a proto response; `members` says how many outright.
+        quantization: "nf4" or "int8": bits of the frozen weights of linear layers under an adapter.
     Raises:
         ValueError: lengths that are not positive, or a model that no causal LM class knows.
     """
-    members = len(args.members_at(iteration))
+    members = len(args.members_at(iteration)) if members is None else members
     lengths = (response_tokens,) * members if isinstance(response_tokens, int) else tuple(response_tokens)[:members]
     if prompt_tokens < 1 or not lengths or min(lengths) < 1:
         raise ValueError(
@@ -133,16 +139,18 @@ def predict_memory(
                     model = get_peft_model(model, peft_config)  # type: ignore
             with FakeTensorMode(), torch.device("cpu"):
                 _leave_meta(model)
+                quantized = _Quantized.of(model, quantization, dtype)
                 batch = 1 if sequential else args.per_device_train_batch_size if triplets is None else triplets
                 step = _Step(
                     args, model, Context(prompt_tokens, (max(lengths),) if sequential else lengths), batch, shared, gpu
                 )
                 step.accumulates = sequential or args.gradient_accumulation_steps > 1
                 phases = step.trace(optimizer)
+        phases = {phase: quantized.applied(terms) for phase, terms in phases.items()}
         return MemoryPrediction(Context(prompt_tokens, lengths), phases, shared, sequential)
 
     depth = config.get_text_config().num_hidden_layers
-    if depth <= max(_DEPTHS) or not _has_equal_layers(config, trust_remote_code):
+    if depth <= max(_DEPTHS) or not _has_equal_layers(config.to_json_string(), type(config), trust_remote_code):
         return trace(config)
     few, more = (trace(_with_depth(config, n)) for n in _DEPTHS)
     return replace(more, phases=_at_depth(few.phases, more.phases, depth))
@@ -159,7 +167,9 @@ def _with_depth(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return config
 
 
-def _has_equal_layers(config: PreTrainedConfig, trust_remote_code: bool) -> bool:
+@lru_cache
+def _has_equal_layers(as_json: str, kind: type[PreTrainedConfig], trust_remote_code: bool) -> bool:
+    config = kind.from_dict(json.loads(as_json))
     text = config.get_text_config()
     if len(set(getattr(text, "layer_types", None) or ())) > 1:
         return False
@@ -196,7 +206,7 @@ class _Step:
         self.shared, self.gpu, self.accumulates = shared, gpu, False
         disable_dropout(model)
         if shared:
-            share_prompts(_causal_lm(model))
+            _causal_lm(model).set_attn_implementation(NAME)
         elif len(set(context.responses)) == 1:
             assume_no_padding(_causal_lm(model))
         if args.gradient_checkpointing:
@@ -223,7 +233,7 @@ class _Step:
             loss.backward()
             del loss
             live.relabel([p.grad for p in trainable], GRADIENTS)
-            live.label, live.phase = "optimizer's temporaries", "optimizer"
+            live.label, live.phase = "optimizer's temporaries", OPTIMIZER_PHASE
             torch.empty(optimizer.temporaries(trainable), dtype=torch.uint8)
         phases = live.peaks()
         phases.pop("before")
@@ -234,7 +244,7 @@ class _Step:
         inputs = self._inputs()
         live.phase, core = "forward", _causal_lm(self.model)
         layers = _layers(core, core.config.get_text_config().num_hidden_layers)
-        for layer, phase in zip(layers[-2::-1], [_BETWEEN] * (len(layers) - 2) + [_FIRST], strict=True):
+        for layer, phase in zip(layers[-2::-1], [*[_BETWEEN] * (len(layers) - 2), _FIRST], strict=False):
             layer.register_forward_hook(partial(_on_gradient, partial(setattr, live, "phase", phase)))
         if self.args.fused == "off":
             logits = self.model(**inputs, use_cache=False).logits
@@ -309,6 +319,30 @@ def _offloaded(function: Any) -> Any:
             return function(*args, **kwargs)
 
     return checkpoint
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """Of frozen linear layers in bitsandbytes' formats, in bytes: what they no longer take, and one of them made whole again."""
+
+    saved: int = 0
+    whole: int = 0
+
+    @classmethod
+    def of(cls, model: nn.Module, quantization: str, dtype: torch.dtype) -> _Quantized:
+        if quantization == "none":
+            return cls()
+        head = head_of(model).weight
+        linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
+        elements = [w.numel() for w in linear if w is not head]
+        # nf4 keeps a float32 scale for each 64 weights, int8 one for each row.
+        kept = 4.5 / 8 if quantization == "nf4" else 1.0
+        return cls(int(sum(elements) * (dtype.itemsize - kept)), max(elements, default=0) * dtype.itemsize)
+
+    def applied(self, terms: dict[str, int]) -> dict[str, int]:
+        if not self.saved:
+            return terms
+        return terms | {FROZEN: terms[FROZEN] - self.saved, "a quantized weight made whole": self.whole}
 
 
 @dataclass(frozen=True)

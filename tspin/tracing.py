@@ -65,7 +65,9 @@ class LiveBytes(TorchDispatchMode):
             self.labels.append(label)
             self._live[key] = number
             self._events.append((number, size, self.phase))
-            self._ends.append(weakref.ref(storage, lambda _, key=key, number=number, size=size: self._end(key, number, size)))
+            self._ends.append(
+                weakref.ref(storage, lambda _, key=key, number=number, size=size: self._end(key, number, size))
+            )
 
     def _end(self, key: int, number: int, size: int) -> None:
         if self._live.get(key) == number:
@@ -174,7 +176,7 @@ class _HeadLoss(torch.autograd.Function):
     """The allocations of `linear_sequence_loss`, sized by its own planner, in its order."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, sizes: "_HeadSizes") -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, sizes: _HeadSizes) -> Tensor:
         ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
         grads: list[Tensor | None] = [None, None, None]
         if sizes.wanted[0]:
