@@ -116,11 +116,14 @@ def memory(
     if device.type != "cuda" and None in caps:
         raise ValueError("caps: want a number of GiB on the CPU, where nothing runs out of memory; got none")
     deadline, rows = time.monotonic() + seconds, []
-    for model, method in cells:
+    for number, (model, method) in enumerate(cells):
         arms = Arms(model, method, device)
         refused = arms.gate(make_triplet(*_GATE, arms.vocab, device))
         _warm(arms)
-        for cap, ratio, name in [(c, r, n) for c in caps for r in ratios for n in IMPLEMENTATIONS]:
+        searches = [(cap, ratio, name) for cap in caps for ratio in ratios for name in IMPLEMENTATIONS]
+        for at, (cap, ratio, name) in enumerate(searches):
+            left = (len(cells) - number) * len(searches) - at
+            until = time.monotonic() + (deadline - time.monotonic()) / left
             row = _common("memory", device, commit, model=model, method=method, implementation=name, cap_gib=cap)
             row |= {"prompt_per_response": ratio, "refused": refused.get(name)}
             found = [row]
@@ -128,7 +131,7 @@ def memory(
                 row["missing"] = "out of time"
             elif name not in refused:
                 _set_cap(device, cap)
-                found = [row | tried for tried in _search(arms, name, ratio, cap, deadline, most)]
+                found = [row | tried for tried in _search(arms, name, ratio, cap, until, most)]
                 _set_cap(device, None)
             measure.append_rows(out, found)
             rows += found
