@@ -254,7 +254,6 @@ class _Step:
             rows = torch.empty(sum(per_group), dtype=torch.int64)
             logits = Select.apply(logits.flatten(0, 1), rows)
             every = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-            del logits
             with torch.set_grad_enabled(self.args.entropy_coef != 0):
                 entropy = -(every.exp() * every).sum(-1)
             return every.gather(-1, rows[:, None]).sum() + entropy.sum()

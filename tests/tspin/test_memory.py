@@ -25,6 +25,7 @@ CONFIGS = {
     "qwen2_tied": Qwen2Config(**SIZES, num_key_value_heads=4, intermediate_size=128, tie_word_embeddings=True),
     "gemma3": Gemma3TextConfig(**SIZES, num_key_value_heads=1, head_dim=16, intermediate_size=128, sliding_window=64),
 }
+WIDE = LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=8192)
 ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
 
 
@@ -121,7 +122,7 @@ def measured_peak(config, args, prompt, responses, *, sharing=False, adapter=Non
 
 
 def check(tmp_path, name, prompt, responses, *, sharing=False, adapter=None, **values) -> float:
-    config, args = CONFIGS[name], training_args(tmp_path, **values)
+    config, args = WIDE if name == "wide" else CONFIGS[name], training_args(tmp_path, **values)
     predicted = predict_memory(
         config,
         args,
@@ -167,4 +168,12 @@ def test_the_peak_is_predicted_within_ten_percent(tmp_path, name, arm, checkpoin
 )
 def test_every_key_that_matters_is_priced(tmp_path, responses, sharing, values):
     ratio = check(tmp_path, "llama", 192, responses, sharing=sharing, **values)
+    assert 0.9 <= ratio <= 1.1, ratio
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"memory_budget": 3 * 2**20}, {"fused": "off"}], ids=["kept", "budget", "logits"]
+)
+def test_the_head_of_a_large_vocabulary_is_priced(tmp_path, values):
+    ratio = check(tmp_path, "wide", 16, (48, 48, 48), optim="sgd", **values)
     assert 0.9 <= ratio <= 1.1, ratio
