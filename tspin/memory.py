@@ -210,7 +210,7 @@ class _Step:
         elif len(set(context.responses)) == 1:
             assume_no_padding(_causal_lm(model))
         if args.gradient_checkpointing:
-            _enable_checkpointing(model, dict(args.gradient_checkpointing_kwargs or {}))
+            _enable_checkpointing(model, dict(args.gradient_checkpointing_kwargs or {}))  # type: ignore
         model.train()
 
     def trace(self, optimizer: _OptimizerBytes) -> dict[str, dict[str, int]]:
@@ -297,7 +297,7 @@ def _leave_meta(model: nn.Module) -> None:
 
     for module in model.modules():
         for tensors in (module._parameters, module._buffers, vars(module)):
-            tensors.update({name: on_cpu(t) for name, t in tensors.items() if isinstance(t, Tensor)})
+            tensors.update({name: on_cpu(t) for name, t in tensors.items() if isinstance(t, Tensor)})  # type: ignore
 
 
 def _enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
