@@ -54,6 +54,7 @@ def _draw_training(rows: Sequence[Row], folder: Path) -> list[Path]:
                 unit = {"memory": "peak of a step, GiB", "train_step": "step, ms"}[benchmark]
                 panel.set(xlabel="tokens of a triplet", ylabel=unit, title=f"prompt : response = {ratio:g} : 1")
                 panel.grid(alpha=0.3)
+                panel.set_visible(bool(lines))
                 if lines:
                     panel.legend(fontsize=8)
         figure.suptitle(f"{model}, {method} | {device}", fontsize=10)
