@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m benchmarks logprobs | plots | table | summary`."""
+"""Command line of the benchmarks: `python -m benchmarks logprobs | train_step | memory | plots | table | summary`."""
 
 import argparse
 import os
@@ -6,10 +6,11 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import logprobs, measure, plots, tables
+from benchmarks import logprobs, long_context, measure, plots, tables, training
 from benchmarks.workloads import select_cases
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,6 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--commit", help="what rows call the code, where git cannot tell")
     run.add_argument("--exclude", action="append", default=[], help="an implementation to leave out")
     run.add_argument("--skip", type=int, default=0, help="workloads that an earlier process has done")
+    step = _add_training(commands, "train_step", "time and peak memory of a training step on one triplet")
+    step.add_argument("--lengths", help="PROMPTxRESPONSE, separated by commas")
+    longest = _add_training(commands, "memory", "the longest triplet that fits, and the peak against length")
+    longest.add_argument("--ratios", default="8,1", help="tokens of the prompt by tokens of each response")
+    longest.add_argument("--caps", help="GiB, or none for the whole GPU, separated by commas")
     texts = {
         "plots": "draw rows as PNG beside them",
         "table": "print every row",
@@ -42,20 +48,66 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(given)
     if options.command == "logprobs":
         return _logprobs(options, given)
+    if options.command in ("train_step", "memory"):
+        return _training(options)
     rows = measure.read_rows(options.path)
     if options.command == "plots":
         for path in plots.draw_all(rows, options.path if options.path.is_dir() else options.path.parent):
             print(path)
     else:
-        print(tables.table(rows) if options.command == "table" else tables.summary(rows))
+        logprob_rows = [row for row in rows if row["benchmark"] == "logprobs"]
+        print(tables.table(logprob_rows) if options.command == "table" else tables.summary(logprob_rows))
+        print(tables.training_table(rows))
     return 0
+
+
+def _add_training(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    run = commands.add_parser(name, help=text)
+    run.add_argument(
+        "--models", help="names of benchmarks.training; the two of the goals on a GPU, a small one without"
+    )
+    run.add_argument("--methods", help="full, lora or both; on a GPU the one of the goals")
+    run.add_argument("--seconds", type=float, default=300, help="time for all together, about")
+    run.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--commit", help="what rows call the code, where git cannot tell")
+    return run
+
+
+def _training(options: argparse.Namespace) -> int:
+    device = torch.device(options.device)
+    gpu = device.type == "cuda"
+    pairs = [("qwen2.5-1.5b", "full"), ("llama-3.1-8b", "lora")] if gpu else [("llama-4-layers", "full")]
+    if options.models or options.methods:
+        models = options.models.split(",") if options.models else [model for model, _ in pairs]
+        methods = options.methods.split(",") if options.methods else list(training.METHODS)
+        pairs = [(model, method) for model in models for method in methods]
+    common = {"device": device, "out": _rows_path(options.out, device), "commit": options.commit}
+    common["seconds"] = options.seconds
+    if options.command == "train_step":
+        texts = (options.lengths or ("16384x512,512x512" if gpu else "1024x256,1024x128,256x256")).split(",")
+        lengths = [(int(prompt), int(response)) for prompt, response in (text.split("x") for text in texts)]
+        rows = long_context.train_step(pairs, lengths, **common)
+    else:
+        caps = [
+            None if cap == "none" else float(cap) for cap in (options.caps or ("none,24" if gpu else "0.25")).split(",")
+        ]
+        ratios = [float(ratio) for ratio in options.ratios.split(",")]
+        rows = long_context.memory(pairs, ratios, caps, **common)
+    print(tables.training_table(rows))
+    ours = [row for row in rows if row["implementation"] == "tspin"]
+    return int(any(row["refused"] for row in ours))
+
+
+def _rows_path(folder: Path, device: torch.device) -> Path:
+    name = measure.environment(device)["device"] if device.type == "cuda" else "cpu"
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.jsonl"
 
 
 def _logprobs(options: argparse.Namespace, given: list[str]) -> int:
     device = torch.device(options.device)
     start = time.monotonic()
-    name = measure.environment(device)["device"] if device.type == "cuda" else "cpu"
-    out = options.out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.jsonl"
+    out = _rows_path(options.out, device)
     try:
         rows = logprobs.run(
             select_cases(options.cases or ("goals" if device.type == "cuda" else "cpu")),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: the kernels' correctness suite, then the benchmark, all results in one folder of at most 8 files.
-#   COMMIT=<what rows call the code> benchmarks/device.sh FOLDER SECONDS [arguments of `python -m benchmarks logprobs`]
-# TESTS=0 leaves the suite out. Peers come by PYTHONPATH. Exits with 1 where a test failed or ours could not be measured.
+#   COMMIT=<what rows call the code> benchmarks/device.sh FOLDER SECONDS [arguments of the benchmark]
+# WHAT=training measures training steps and the longest context in place of the ops; TESTS=0 leaves the suite out. Peers come by PYTHONPATH. Exits with 1 where a test failed or ours could not be measured.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "$1")
@@ -15,7 +15,15 @@ if [ "${TESTS:-1}" != 0 ]; then
     timeout $((seconds / 2)) python3 -m pytest tests/kernels -n 0 -q -ra 2>&1 | tee "$out/tests.log" | tail -n 15 || status=1
 fi
 left=$((seconds - (SECONDS - start)))
-python3 -m benchmarks logprobs --seconds "$left" --out "$out" ${COMMIT:+--commit "$COMMIT"} "$@" > "$out/table.txt" 2> "$out/errors.txt" || status=1
+commit=(${COMMIT:+--commit "$COMMIT"})
+if [ "${WHAT:-logprobs}" = training ]; then
+    third=$((left / 3))
+    python3 -m benchmarks train_step --seconds "$third" --out "$out" "${commit[@]}" "$@" > "$out/table.txt" 2> "$out/errors.txt" || status=1
+    left=$((seconds - (SECONDS - start) - 20))
+    python3 -m benchmarks memory --seconds "$left" --out "$out" "${commit[@]}" "$@" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
+else
+    python3 -m benchmarks logprobs --seconds "$left" --out "$out" "${commit[@]}" "$@" > "$out/table.txt" 2> "$out/errors.txt" || status=1
+fi
 tail -n 5 "$out/errors.txt"
 python3 -m benchmarks plots "$out" > /dev/null || status=1
 python3 -m benchmarks summary "$out"

@@ -18,14 +18,48 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    rows = [row for row in fullest_runs(rows) if row["ms"] and row["benchmark"] == "logprobs"]
-    paths = []
+    paths = _draw_training(rows, folder)
+    rows = [row for row in fullest_runs(row for row in rows if row["benchmark"] == "logprobs") if row["ms"]]
     for device in dict.fromkeys(row["device"] for row in rows):
         mine = [row for row in rows if row["device"] == device]
         stem = "cpu" if mine[0]["dtype"] == "float32" else device.lower().replace(" ", "-")
         for axis in ("N", "V"):
             paths += _draw_sweep(mine, axis, folder / f"{stem}-{axis.lower()}.png")
         paths += _draw_roofline(mine, folder / f"{stem}-roofline.png")
+    return paths
+
+
+def _draw_training(rows: Sequence[Row], folder: Path) -> list[Path]:
+    # Peak of `memory` and time of `train_step` against the tokens of a triplet, a figure for each device, model and method.
+    import matplotlib.pyplot as plt
+
+    kinds = {"memory": "peak_gib", "train_step": "ms"}
+    drawn = [row for row in rows if row["benchmark"] in kinds and row["prompt"] and row.get("longest") is None]
+    paths = []
+    for device, model, method in dict.fromkeys((row["device"], row["model"], row["method"]) for row in drawn):
+        mine = [row for row in drawn if (row["device"], row["model"], row["method"]) == (device, model, method)]
+        ratios = sorted({row["prompt_per_response"] for row in mine}, reverse=True)
+        figure, panels = plt.subplots(
+            2, len(ratios), figsize=(5.5 * len(ratios), 7.5), layout="constrained", squeeze=False
+        )
+        for column, ratio in enumerate(ratios):
+            for panel, (benchmark, field) in zip(panels[:, column], kinds.items(), strict=True):
+                lines: dict[str, dict[int, float]] = {}
+                for row in mine:
+                    if row["benchmark"] == benchmark and row["prompt_per_response"] == ratio and row[field]:
+                        lines.setdefault(row["implementation"], {})[row["tokens"]] = row[field]
+                for number, (name, points) in enumerate(lines.items()):
+                    style = {"color": _COLOURS[number % 8], "marker": _MARKERS[number % 8], "label": name}
+                    panel.plot(sorted(points), [points[at] for at in sorted(points)], **style)
+                unit = {"memory": "peak of a step, GiB", "train_step": "step, ms"}[benchmark]
+                panel.set(xlabel="tokens of a triplet", ylabel=unit, title=f"prompt : response = {ratio:g} : 1")
+                panel.grid(alpha=0.3)
+                panel.set_visible(bool(lines))
+                if lines:
+                    panel.legend(fontsize=8)
+        figure.suptitle(f"{model}, {method} | {device}", fontsize=10)
+        stem = "cpu" if "threads" in device else device.lower().replace(" ", "-")
+        paths.append(_save(figure, folder / f"{stem}-{model}-{method}.png"))
     return paths
 
 

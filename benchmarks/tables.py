@@ -122,3 +122,39 @@ def _summary_line(row: Row, naive: Row) -> str:
         "" if row.get("bitwise") else "not bitwise!",
     ]
     return f"  {label(row):26}" + " ".join(parts)
+
+
+def training_table(rows: Iterable[Row]) -> str:
+    """Rows of `train_step` and `memory`: time, peak, what is above weights, gradients and states; each over naive's."""
+    lines, cells = [], {}
+    for row in rows:
+        if row["benchmark"] == "train_step" or (row["benchmark"] == "memory" and row["longest"] is not None):
+            lengths = f"{row['prompt']} + 3 x {row['response']}" if row["benchmark"] == "train_step" else None
+            cap = "" if row["benchmark"] == "train_step" else f"cap {row['cap_gib'] or 'none'}"
+            key = (
+                row["benchmark"],
+                row["model"],
+                row["method"],
+                row["device"],
+                lengths or row["prompt_per_response"],
+                cap,
+            )
+            cells.setdefault(key, {})[row["implementation"]] = row
+    for (benchmark, model, method, device, size, cap), found in cells.items():
+        ratio = "" if benchmark == "train_step" else " prompt tokens a response token"
+        lines += ["", " | ".join(filter(None, (benchmark, model, method, f"{size}{ratio}", cap, device)))]
+        naive = found.get("naive", {})
+        fields = ("ms", "peak_gib", "above_gib") if benchmark == "train_step" else ("longest", "peak_gib", "ms")
+        for name, row in found.items():
+            parts = [_against(row, naive, field) for field in fields]
+            why = row.get("refused") or row.get("missing") or ""
+            lines.append(f"  {name:16}" + "".join(parts) + f"  {why}".rstrip())
+    return "\n".join(lines)
+
+
+def _against(row: Row, naive: Row, field: str) -> str:
+    value, other = row.get(field), naive.get(field)
+    if value is None:
+        return ""
+    shown = f"{value:10.0f}" if field == "longest" else f"{value:10.3f}"
+    return f"{shown} {field:9}" + (f" ({value / other:.2f}x)" if other else " " * 8)

@@ -16,6 +16,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,9 @@ def _parser() -> _Parser:
     train.add_argument("--iteration", metavar="N", type=int, default=0, help="which values and which beta (default 0)")
     add_keyed(_eval, "exact match and log-likelihood of a model on eval_dataset")
     check = add_keyed(_check, "validate config, data, template, end token and model before a run")
+    check.add_argument(
+        "--gpu_memory", metavar="SIZE", help="of the GPU to check for, as 24GB (default: this machine's)"
+    )
     check.add_argument("--rows", metavar="N", type=int, default=2, help="rows to show tokenised (default 2)")
     report = add(_report, "tables and plots of finished or running runs", takes_words=False)
     report.add_argument("runs", metavar="RUN", nargs="+", help="a run directory")
@@ -323,6 +327,7 @@ def _check(args: argparse.Namespace, words: list[str]) -> None:
     examples = step("data", _check_data, tokenizer, "train")
     held_out = step("eval data", _check_data, tokenizer, "eval")
     step("model", _check_model, training, tokenizer, examples, held_out)
+    step("memory", partial(_check_memory, gpu_memory=args.gpu_memory, examples=examples or []), training)
     for example in (examples or [])[: args.rows]:
         print(f"\nrow {example.row}: {len(example.prompt_ids)} prompt and {len(example.response_ids)} response tokens")
         print(f"prompt    {_shown(tokenizer, example.prompt_ids)}")
@@ -369,9 +374,13 @@ def _check_data(config: SelfPlayConfig, tokenizer: Any, split: str) -> tuple[lis
 def _check_model(
     config: SelfPlayConfig, training: list[Any], tokenizer: Any, train: list[Example], held_out: list[Example]
 ) -> tuple[Any, str]:
+    from tspin.fitting import model_without_weights
     from tspin.model import add_adapter, lora_config, probe_head
 
-    model, peft_config, examples = _model(config), lora_config(config), [*train, *held_out]
+    path = Path(config.model_name_or_path)
+    bare = path.is_dir() and not any(file.suffix in (".safetensors", ".bin", ".pt", ".pth") for file in path.iterdir())
+    model = model_without_weights(config) if bare else _model(config)
+    peft_config, examples = lora_config(config), [*train, *held_out]
     text = f"{type(model).__name__}, {model.num_parameters():,} parameters"
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocabulary:
@@ -384,6 +393,8 @@ def _check_model(
         raise ValueError(
             f"want rows of at most {positions} positions, got {longest}; lower max_length or max_new_tokens"
         )
+    if bare:
+        return model, f"{text}, of config.json alone: no weights to score with"
     if training[0].fused == "off":
         return model, text
     try:
@@ -393,6 +404,26 @@ def _check_model(
             raise
         return model, f"{text}; fused='auto' will take its logits ({_one_line(refusal)})"
     return model, f"{text}, scores through its output head"
+
+
+def _check_memory(
+    config: SelfPlayConfig, training: list[Any], *, gpu_memory: str | None, examples: list[Example]
+) -> tuple[Any, str]:
+    import torch
+
+    from tspin.fitting import MemoryCheck, parse_memory
+
+    iteration = max(range(len(training)), key=lambda t: len(training[t].members_at(t)))
+    args, size = training[iteration], None if gpu_memory is None else parse_memory(gpu_memory)
+    if size is None and not args.use_cpu and torch.cuda.is_available():
+        size = torch.cuda.get_device_properties(0).total_memory
+    if gpu_memory is not None and not args.fp16 and config.training_at(iteration).get("bf16") is None:
+        args.bf16 = True  # the default on a GPU, which may not be this machine's
+    response = max([config.max_new_tokens, *(len(e.response_ids) for e in examples)])
+    prompt = max([len(e.prompt_ids) for e in examples] or [args.max_length - response, 1])
+    check = MemoryCheck(config, args, iteration, prompt, response, size)
+    print(*check.table(), sep="\n")
+    return check, check.verdict()
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

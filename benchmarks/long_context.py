@@ -1,0 +1,177 @@
+"""The benchmarks `memory` (the longest triplet that fits, peak against length) and `train_step` (time and peak of a step).
+
+Rows are those of benchmarks.training's implementations; a context that does not fit is a row too. On the CPU nothing runs out of
+memory: a length fits there when the profiler's peak is below the cap.
+"""
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure
+from benchmarks.training import IMPLEMENTATIONS, MEMBERS, Arms, make_triplet
+
+FIELDS = (
+    *("benchmark", "device", "model", "implementation", "method", "cap_gib", "prompt_per_response"),
+    *("prompt", "response", "tokens", "longest", "ms", "ms_p20", "ms_p80", "rounds"),
+    *("peak_gib", "above_gib", "refused", "missing"),
+    *("torch", "triton", "transformers", "trl", "commit", "time"),
+)
+_GATE = (96, 24)
+_RESOLUTION = 0.03
+_LEAST = 64
+
+
+def _common(benchmark: str, device: torch.device, commit: str | None, **values: Any) -> dict[str, Any]:
+    versions = {name: measure.installed(name) for name in ("transformers", "trl")}
+    row = dict.fromkeys(FIELDS) | {"benchmark": benchmark} | measure.environment(device, commit) | versions
+    return row | values
+
+
+def _lengths(prompt: int, response: int) -> dict[str, Any]:
+    tokens = prompt + MEMBERS * response
+    return {
+        "prompt": prompt,
+        "response": response,
+        "tokens": tokens,
+        "prompt_per_response": round(prompt / response, 3),
+    }
+
+
+def _sizes(arms: Arms, peak: int | None) -> dict[str, Any]:
+    if peak is None:
+        return {}
+    above = peak - arms.resident() - arms.gradients()
+    return {"peak_gib": peak / 2**30, "above_gib": above / 2**30}
+
+
+def _warm(arms: Arms) -> None:
+    # So that optimizer states are there.
+    arms.step("tspin", make_triplet(*_GATE, arms.vocab, arms.device))
+
+
+def _set_cap(device: torch.device, cap_gib: float | None) -> None:
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (cap_gib or total) * 2**30 / total), device)
+
+
+def train_step(
+    cells: list[tuple[str, str]],
+    lengths: list[tuple[int, int]],
+    *,
+    device: torch.device,
+    seconds: float,
+    out: Path,
+    commit: str | None = None,
+) -> list[dict[str, Any]]:
+    """Time and peak of a step of each (model, method) at (prompt, response) lengths. Rows are appended to `out` and returned."""
+    deadline, rows = time.monotonic() + seconds, []
+    for number, (model, method) in enumerate(cells):
+        arms = Arms(model, method, device)
+        refused = arms.gate(make_triplet(*_GATE, arms.vocab, device))
+        _warm(arms)
+        for at, (prompt, response) in enumerate(lengths):
+            left = (len(cells) - number) * len(lengths) - at
+            until = time.monotonic() + max(0.0, deadline - time.monotonic()) / left
+            triplet, found = make_triplet(prompt, response, arms.vocab, device), {}
+            for name in IMPLEMENTATIONS:
+                row = _common("train_step", device, commit, model=model, method=method, implementation=name)
+                found[name] = row | _lengths(prompt, response) | {"refused": refused.get(name)}
+                if name not in refused:
+                    peak, why = arms.peak(name, triplet)
+                    found[name] |= _sizes(arms, peak) | {"missing": why}
+            able = [name for name, row in found.items() if not row["refused"] and not row["missing"]]
+            calls = {name: partial(arms.step, name, triplet) for name in able}
+            times, failed = measure.timed_rounds(calls, device, max(0.0, until - time.monotonic()))
+            for name, row in found.items():
+                row |= times[name]._asdict() if name in times else {"missing": failed.get(name, row["missing"])}  # type: ignore
+            measure.append_rows(out, list(found.values()))
+            rows += found.values()
+            arms.clear()
+        del arms
+        _clear(device)
+    return rows
+
+
+def memory(
+    cells: list[tuple[str, str]],
+    ratios: list[float],
+    caps: list[float | None],
+    *,
+    device: torch.device,
+    seconds: float,
+    out: Path,
+    commit: str | None = None,
+    most: int = 2**20,
+) -> list[dict[str, Any]]:
+    """The longest triplet of each (model, method) under each cap (GiB, None: the whole GPU), with the peak of every length tried.
+
+    ratios: tokens of the prompt by tokens of each response. Raises ValueError for a CPU without a cap.
+    """
+    if device.type != "cuda" and None in caps:
+        raise ValueError("caps: want a number of GiB on the CPU, where nothing runs out of memory; got none")
+    deadline, rows = time.monotonic() + seconds, []
+    for number, (model, method) in enumerate(cells):
+        arms = Arms(model, method, device)
+        refused = arms.gate(make_triplet(*_GATE, arms.vocab, device))
+        _warm(arms)
+        searches = [(cap, ratio, name) for cap in caps for ratio in ratios for name in IMPLEMENTATIONS]
+        for at, (cap, ratio, name) in enumerate(searches):
+            left = (len(cells) - number) * len(searches) - at
+            until = time.monotonic() + (deadline - time.monotonic()) / left
+            row = _common("memory", device, commit, model=model, method=method, implementation=name, cap_gib=cap)
+            row |= {"prompt_per_response": ratio, "refused": refused.get(name)}
+            found = [row]
+            if time.monotonic() > deadline:
+                row["missing"] = "out of time"
+            elif name not in refused:
+                _set_cap(device, cap)
+                found = [row | tried for tried in _search(arms, name, ratio, cap, until, most)]
+                _set_cap(device, None)
+            measure.append_rows(out, found)
+            rows += found
+        del arms
+        _clear(device)
+    return rows
+
+
+def _search(
+    arms: Arms, name: str, ratio: float, cap: float | None, deadline: float, most: int
+) -> Iterator[dict[str, Any]]:
+    # Every length tried, then the longest that fitted.
+    low, high, best = 0, None, {}
+    prompt, cut = _LEAST, None
+    while high is None or high - low > max(1, _RESOLUTION * low):
+        if time.monotonic() > deadline:
+            cut = "out of time: a lower bound"
+            break
+        response = max(1, round(prompt / ratio))
+        peak, why = arms.peak(name, make_triplet(prompt, response, arms.vocab, arms.device))
+        if why is not None and why != "out of memory":
+            cut = why
+            break
+        fits = peak is not None and (arms.device.type == "cuda" or cap is None or peak <= cap * 2**30)
+        why = why if fits or peak is None else "above the cap"
+        tried = _lengths(prompt, response) | _sizes(arms, peak) | {"missing": why}
+        yield tried | {"prompt_per_response": ratio}
+        if fits:
+            low, best = prompt, tried
+        else:
+            high = prompt
+        if low >= most:
+            cut = "the search ends here: a lower bound"
+            break
+        prompt = low * 2 if high is None else (low + high) // 2
+        if prompt == 0:
+            break
+    yield best | {"prompt_per_response": ratio, "longest": best.get("tokens", 0), "missing": cut}
+
+
+def _clear(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

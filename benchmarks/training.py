@@ -1,0 +1,234 @@
+"""One optimizer step on one triplet, done as several implementations do it: what `memory` and `train_step` measure.
+
+All share the model, its weights, gradient checkpointing and the optimizer; they differ in how rows and the output head are handled.
+The gate runs them without the optimizer: losses and gradient norms must agree before anything is measured.
+
+P prompt tokens, L of each of the three responses.
+"""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+
+from benchmarks import measure
+from tspin.model import head_of
+from tspin.prefix import NAME, PrefixLayout, layout_inputs
+from tspin_kernels import linear_tspin_loss, tspin_loss
+
+MEMBERS, BETA = 3, 0.1
+METHODS = ("full", "lora")
+_LORA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def model_config(name: str) -> PreTrainedConfig:
+    """The shape of a model by its name. Raises ValueError for an unknown one."""
+    if name not in _SHAPES:
+        raise ValueError(f"models: want names of {sorted(_SHAPES)}, got {name!r}")
+    kind, shape = _SHAPES[name]
+    return kind(**shape, max_position_embeddings=2**20)
+
+
+def _shape(kind: type, vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, tied: bool = False):
+    return kind, {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "tie_word_embeddings": tied,
+    }
+
+
+_SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "tiny": _shape(LlamaConfig, 128, 32, 64, 2, 2, 2),
+    "llama-4-layers": _shape(LlamaConfig, 8192, 256, 704, 4, 4, 4),
+    "qwen2.5-1.5b": _shape(Qwen2Config, 151936, 1536, 8960, 28, 12, 2, tied=True),
+    "llama-3.1-8b": _shape(LlamaConfig, 128256, 4096, 14336, 32, 32, 8),
+}
+
+
+@dataclass
+class Triplet:
+    """Token ids of one triplet, on the device: the prompt [P] and its responses [3, L]."""
+
+    prompt: Tensor
+    responses: Tensor
+    alpha: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Margins of order one, so that no gradient vanishes.
+        self.alpha = 1.0 / self.responses.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Of the prompt once and of all responses."""
+        return len(self.prompt) + self.responses.numel()
+
+    def rows(self) -> Tensor:
+        """[3, P + L]: the prompt once for each response."""
+        return torch.cat([self.prompt.expand(len(self.responses), -1), self.responses], 1)
+
+    def packed(self) -> tuple[Tensor, PrefixLayout]:
+        """[1, P + 3 L]: the prompt once."""
+        lengths = (self.responses.shape[1],) * len(self.responses)
+        layout = PrefixLayout(((len(self.prompt), lengths),))
+        return torch.cat([self.prompt, self.responses.flatten()])[None], layout
+
+    def sequence_ids(self) -> Tensor:
+        """[3 L]: the response of each scored token."""
+        return torch.arange(len(self.responses), device=self.prompt.device).repeat_interleave(self.responses.shape[1])
+
+
+def make_triplet(prompt: int, response: int, vocab: int, device: torch.device) -> Triplet:
+    """Random tokens, the same for the same lengths."""
+    generator = torch.Generator().manual_seed(prompt * 31 + response)
+    ids = torch.randint(vocab, (prompt + MEMBERS * response,), generator=generator).to(device)
+    return Triplet(ids[:prompt], ids[prompt:].view(MEMBERS, response))
+
+
+def _loss_of_sums(logprobs: Tensor, triplet: Triplet) -> Tensor:
+    return tspin_loss(*logprobs.view(1, MEMBERS).unbind(1), alpha=triplet.alpha, beta=BETA).mean()
+
+
+def _separate_hidden(model: Any, triplet: Triplet) -> Tensor:
+    # [3 L, D]: what each response token is predicted from.
+    hidden = _core(model).base_model(input_ids=triplet.rows(), use_cache=False).last_hidden_state
+    return hidden[:, len(triplet.prompt) - 1 : -1].flatten(0, 1)
+
+
+def _naive(model: Any, triplet: Triplet) -> Tensor:
+    logits = model(input_ids=triplet.rows(), use_cache=False).logits[:, :-1].float()
+    targets = triplet.rows()[:, 1:]
+    logprobs = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    return _loss_of_sums(logprobs[:, len(triplet.prompt) - 1 :].sum(1), triplet)
+
+
+def _trl_style(model: Any, triplet: Triplet) -> Tensor:
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    head = head_of(model)
+    # bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
+    arguments = (None, triplet.responses.flatten(), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
+    logprobs, *_ = ChunkedLogProbFunction.apply(_separate_hidden(model, triplet), head.weight, *arguments)
+    return _loss_of_sums(logprobs.view(MEMBERS, -1).sum(1), triplet)
+
+
+def _fused_loss(model: Any, hidden: Tensor, triplet: Triplet, rows: Tensor | None = None) -> Tensor:
+    weight, targets, ids = head_of(model).weight, triplet.responses.flatten(), triplet.sequence_ids()
+    return linear_tspin_loss(hidden, weight, targets, ids, rows=rows, alpha=triplet.alpha, beta=BETA)[0]
+
+
+def _tspin_separate(model: Any, triplet: Triplet) -> Tensor:
+    return _fused_loss(model, _separate_hidden(model, triplet), triplet)
+
+
+def _tspin(model: Any, triplet: Triplet) -> Tensor:
+    core, (input_ids, layout) = _core(model), triplet.packed()
+    inputs = layout_inputs(layout, input_ids.device)
+    hidden = core.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state[0]
+    P, (G, L) = len(triplet.prompt), triplet.responses.shape
+    rows = P + torch.arange(G * L, device=input_ids.device) - 1
+    rows.view(G, L)[:, 0] = P - 1
+    return _fused_loss(model, hidden, triplet, rows)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Any, Triplet], Tensor]] = {
+    "naive": _naive,
+    "trl_style": _trl_style,
+    "tspin_separate": _tspin_separate,
+    "tspin": _tspin,
+}
+
+
+def _core(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class Arms:
+    """One model with its optimizer, and the steps of all implementations on it.
+
+    On CUDA in bfloat16, on the CPU in float32; RMSProp as in the paper.
+    """
+
+    def __init__(self, model_name: str, method: str, device: torch.device) -> None:
+        self.device, self.vocab = device, model_config(model_name).vocab_size
+        torch.manual_seed(0)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        with device:
+            model: Any = AutoModelForCausalLM.from_config(
+                model_config(model_name), dtype=dtype, attn_implementation="sdpa"
+            )
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if method == "lora":
+            from peft import LoraConfig, get_peft_model
+
+            model = get_peft_model(model, LoraConfig(r=16, target_modules=list(_LORA), task_type="CAUSAL_LM"))
+        self.model: nn.Module = model.train()
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.RMSprop(self.trainable, lr=1e-7)
+
+    def backward(self, implementation: str, triplet: Triplet) -> Tensor:
+        """The loss, its gradient left in the parameters."""
+        # Until the backward is done, which runs the layers again.
+        _core(self.model).set_attn_implementation(NAME if implementation == "tspin" else "sdpa")
+        loss = IMPLEMENTATIONS[implementation](self.model, triplet)
+        loss.backward()
+        return loss.detach()
+
+    def step(self, implementation: str, triplet: Triplet) -> None:
+        """Forward, backward and optimizer."""
+        self.backward(implementation, triplet)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def resident(self) -> int:
+        """Bytes of weights, buffers and optimizer states."""
+        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        return sum(t.nbytes for t in [*self.model.parameters(), *self.model.buffers(), *states])
+
+    def gradients(self) -> int:
+        """Bytes of all gradients."""
+        return sum(p.nbytes for p in self.trainable)
+
+    def gate(self, triplet: Triplet) -> dict[str, str]:
+        """Why implementations are refused: a loss or a gradient that is not that of `naive`."""
+        found = {}
+        for name in IMPLEMENTATIONS:
+            loss = self.backward(name, triplet).item()
+            square = sum(p.grad.double().square().sum() for p in self.trainable if p.grad is not None)
+            found[name] = (loss, float(square) ** 0.5)
+            self.optimizer.zero_grad()
+        # Rounding of hidden states alone: bfloat16 has 8 bits, and three responses cancel in part.
+        loss_error, grad_error = (2e-2, 1e-1) if self.device.type == "cuda" else (1e-5, 1e-4)
+        refused = {}
+        true = found["naive"]
+        for name, (loss, norm) in found.items():
+            if not (abs(loss - true[0]) <= loss_error * abs(true[0]) and abs(norm - true[1]) <= grad_error * true[1]):
+                refused[name] = f"loss {loss:.6g} and gradient norm {norm:.6g}, naive {true[0]:.6g} and {true[1]:.6g}"
+        return refused
+
+    def peak(self, implementation: str, triplet: Triplet) -> tuple[int | None, str | None]:
+        """(peak bytes of a step, weights and optimizer states included, None), or (None, why there is none)."""
+        try:
+            growth, _ = measure.peak_bytes(partial(self.step, implementation, triplet), self.device)
+        except Exception as error:
+            why = measure.reason(error)
+        else:
+            return growth + self.resident(), None
+        self.optimizer.zero_grad()
+        self.clear()
+        return None, why
+
+    def clear(self) -> None:
+        """Give free blocks back to the device, so that one measurement does not crowd the next."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()

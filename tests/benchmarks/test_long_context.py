@@ -1,0 +1,92 @@
+"""The benchmarks of training steps run from end to end on the CPU; a wrong implementation is refused, a capped one ends."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import long_context, measure, training
+from benchmarks.__main__ import main
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch):
+    monkeypatch.setattr(measure, "MAX_ROUNDS", 3)
+
+
+def test_end_to_end(tmp_path, capsys):
+    common = ["--models", "tiny", "--methods", "full,lora", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["train_step", "--lengths", "64x16,24x24", "--seconds", "2", *common]) == 0
+    assert main(["memory", "--ratios", "4", "--caps", "0.002", "--seconds", "60", *common]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
+    assert all(row.keys() >= set(long_context.FIELDS) for row in rows)
+    steps = [row for row in rows if row["benchmark"] == "train_step"]
+    assert len(steps) == 2 * 2 * len(training.IMPLEMENTATIONS)
+    for row in steps:
+        assert row["refused"] is None and row["missing"] is None
+        assert row["ms_p20"] <= row["ms"] <= row["ms_p80"] and 0 < row["above_gib"] < row["peak_gib"]
+    found = [row for row in rows if row["longest"] is not None]
+    assert len(found) == 2 * len(training.IMPLEMENTATIONS)
+    for row in found:
+        assert row["cap_gib"] == 0.002 and row["missing"] is None
+        tried = [r for r in rows if r["longest"] is None and r["benchmark"] == "memory"]
+        tried = [r for r in tried if (r["method"], r["implementation"]) == (row["method"], row["implementation"])]
+        fitting = [r["tokens"] for r in tried if r["peak_gib"] <= 0.002]
+        beyond = [r["tokens"] for r in tried if r["missing"] == "above the cap"]
+        assert row["longest"] == max(fitting) and row["longest"] < min(beyond) <= 1.06 * row["longest"] + 8
+
+    for command in ("table", "summary", "plots"):
+        assert main([command, str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "train_step | tiny | lora | 64 + 3 x 16" in printed and "cap 0.002" in printed
+    assert (tmp_path / "cpu-tiny-full.png").read_bytes().startswith(b"\x89PNG")
+
+
+def wrong_prompt(model, triplet):
+    seen = training.Triplet(triplet.prompt.flip(0), triplet.responses)
+    return training._naive(model, seen)
+
+
+def without_gradient_of_y0(model, triplet):
+    hidden = training._separate_hidden(model, triplet)
+    keep = torch.arange(len(hidden)) < 2 * len(hidden) // 3
+    return training._fused_loss(model, torch.where(keep[:, None], hidden, hidden.detach()), triplet)
+
+
+@pytest.mark.parametrize("wrong", [wrong_prompt, without_gradient_of_y0])
+@pytest.mark.parametrize("method", training.METHODS)
+def test_a_wrong_implementation_is_refused_and_not_measured(tmp_path, monkeypatch, wrong, method):
+    monkeypatch.setitem(training.IMPLEMENTATIONS, "trl_style", wrong)
+    common = {"device": CPU, "seconds": 1, "out": tmp_path / "rows.jsonl"}
+    rows = long_context.train_step([("tiny", method)], [(32, 8)], **common)
+    refused = {row["implementation"]: row["refused"] for row in rows}
+    assert "gradient norm" in refused.pop("trl_style") and set(refused.values()) == {None}
+    row = next(row for row in rows if row["implementation"] == "trl_style")
+    assert row["ms"] is None and row["peak_gib"] is None
+
+
+def test_a_device_without_memory_is_a_row(tmp_path, monkeypatch):
+    def full(model, triplet):
+        if triplet.tokens > 400:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return training._naive(model, triplet)
+
+    monkeypatch.setitem(training.IMPLEMENTATIONS, "naive", full)
+    common = {"device": CPU, "seconds": 30, "out": tmp_path / "rows.jsonl"}
+    step = long_context.train_step([("tiny", "full")], [(400, 8)], **common)
+    assert [row["missing"] for row in step if row["implementation"] == "naive"] == ["out of memory"]
+    monkeypatch.setattr(training, "IMPLEMENTATIONS", {"naive": full, "tspin": training._tspin})
+    monkeypatch.setattr(long_context, "IMPLEMENTATIONS", {"naive": full})
+    found = long_context.memory([("tiny", "full")], [4.0], [1.0], **common)
+    assert 380 <= found[-1]["longest"] <= 400
+    assert any(row["missing"] == "out of memory" and row["tokens"] > 400 for row in found)
+
+
+def test_bad_input(tmp_path):
+    common = {"device": CPU, "seconds": 1, "out": tmp_path / "rows.jsonl"}
+    with pytest.raises(ValueError, match="models: want names of"):
+        long_context.train_step([("gpt", "full")], [(8, 8)], **common)
+    with pytest.raises(ValueError, match="caps: want a number of GiB on the CPU"):
+        long_context.memory([("tiny", "full")], [8.0], [None], **common)

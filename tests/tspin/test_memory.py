@@ -1,0 +1,179 @@
+"""The predicted memory of a training step against the profiler's count of the bytes that the same step allocates on the CPU.
+
+A real step: scoring, backward and optimizer through the package's own functions. The profiler knows nothing of tspin.memory.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config, Trainer
+
+from tspin.data import MEMBERS, TripletCollator
+from tspin.memory import predict_memory
+from tspin.model import disable_dropout, head_of, install_scoring, score_batch
+from tspin.prefix import PrefixLayout, layout_inputs, share_prompts
+from tspin.sequential import backward_one_by_one
+from tspin.trainer import TSPINConfig, method_loss_fn
+from tspin_kernels import linear_tspin_loss
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4, "vocab_size": 256}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=192),
+    "qwen2_tied": Qwen2Config(**SIZES, num_key_value_heads=4, intermediate_size=128, tie_word_embeddings=True),
+    "gemma3": Gemma3TextConfig(**SIZES, num_key_value_heads=1, head_dim=16, intermediate_size=128, sliding_window=64),
+}
+WIDE = LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=8192)
+ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+
+
+def training_args(tmp_path, **values) -> TSPINConfig:
+    values = {"per_device_train_batch_size": 1, "optim": "rmsprop"} | values
+    return TSPINConfig(output_dir=str(tmp_path), use_cpu=True, **values)
+
+
+def rows_of(prompt: int, responses: tuple[int, ...], triplets: int) -> list[dict]:
+    def ids(n):
+        return torch.randint(3, 250, (n,)).tolist()
+
+    return [
+        {"prompt_ids": ids(prompt), **{f"{m}_ids": ids(n) for m, n in zip(MEMBERS, responses, strict=False)}}
+        for _ in range(triplets)
+    ]
+
+
+def shared_backward(model, prompt: int, responses: tuple[int, ...], triplets: int) -> None:
+    layout = PrefixLayout(((prompt, responses),) * triplets)
+    T = prompt + sum(responses)
+    inputs = layout_inputs(layout, torch.device("cpu"))
+    starts = [sum(responses[:m]) + prompt for m in range(len(responses))]
+    rows, sequence_ids = [], []
+    for t in range(triplets):
+        for m, (start, length) in enumerate(zip(starts, responses, strict=True)):
+            rows += [t * T + prompt - 1, *range(t * T + start, t * T + start + length - 1)]
+            sequence_ids += [t * len(responses) + m] * length
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = core.base_model(
+        input_ids=torch.randint(3, 250, (1, triplets * T)), use_cache=False, **inputs
+    ).last_hidden_state
+    head = head_of(model)
+    linear_tspin_loss(
+        hidden.flatten(0, 1),
+        head.weight,
+        torch.randint(3, 250, (len(rows),)),
+        torch.tensor(sequence_ids),
+        rows=torch.tensor(rows),
+        alpha=1.0,
+        beta=0.1,
+    )[0].backward()
+
+
+def measured_peak(config, args, prompt, responses, *, sharing=False, adapter=None) -> int:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model = model if adapter is None else get_peft_model(model, adapter)
+    disable_dropout(model)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    triplets = args.per_device_train_batch_size
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    optimizer = kind(trainable, **options)
+    members = MEMBERS[: len(responses)]
+    if sharing:
+        share_prompts(model.get_base_model() if adapter is not None else model)
+    else:
+        install_scoring(model)
+
+    def backward() -> None:
+        if sharing:
+            return shared_backward(model, prompt, responses, triplets)
+        batch = TripletCollator(pad_token_id=0, members=members)(rows_of(prompt, responses, triplets))
+        score = partial(score_batch, model, memory_budget=args.memory_budget, fused=args.fused != "off")
+        loss_fn = partial(method_loss_fn(args, 0.1), keep=torch.ones(triplets, dtype=torch.bool))
+        if args.sequential_backward == "on":
+            loss, _ = backward_one_by_one(score, torch.Tensor.backward, batch, loss_fn)
+        else:
+            loss, _ = score(batch, loss_fn)
+        loss.backward()
+
+    def step() -> None:
+        for _ in range(args.gradient_accumulation_steps):
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    before = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        step()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return before + most
+
+
+def check(tmp_path, name, prompt, responses, *, sharing=False, adapter=None, **values) -> float:
+    config, args = WIDE if name == "wide" else CONFIGS[name], training_args(tmp_path, **values)
+    predicted = predict_memory(
+        config,
+        args,
+        prompt_tokens=prompt,
+        response_tokens=responses,
+        sharing=sharing,
+        peft_config=adapter,
+        gpu=False,
+    ).peak
+    measured = measured_peak(config, args, prompt, responses, sharing=sharing, adapter=adapter)
+    print(f"{predicted} predicted, {measured} measured: {predicted / measured:.3f}")
+    return predicted / measured
+
+
+ARMS = {"shared": {"sharing": True}, "separate": {}, "sequential": {"sequential_backward": "on"}}
+
+
+@pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_peak_is_predicted_within_ten_percent(tmp_path, name, arm, checkpointing, adapter):
+    ratio = check(tmp_path, name, 192, (48, 48, 48), adapter=adapter, gradient_checkpointing=checkpointing, **ARMS[arm])
+    assert 0.9 <= ratio <= 1.1, ratio
+
+
+@pytest.mark.parametrize(
+    "responses, sharing, values",
+    [
+        ((8, 96, 40), False, {}),
+        ((8, 96, 40), True, {"gradient_checkpointing": True}),
+        ((48, 48, 48), True, {"per_device_train_batch_size": 3}),
+        ((48, 48, 48), False, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
+        ((48, 48, 48), False, {"fused": "off"}),
+        ((48, 48, 48), False, {"bf16": True}),
+        ((48, 48, 48), False, {"bf16": True, "gradient_checkpointing": True}),
+        ((2, 2, 2), True, {"optim": "adamw_torch", "gradient_checkpointing": True}),
+        ((2, 2, 2), False, {"optim": "adafactor", "gradient_checkpointing": True}),
+        ((2, 2, 2), False, {"optim": "sgd", "gradient_checkpointing": True}),
+        ((48,), False, {"method": "sft"}),
+    ],
+    ids=lambda value: None if isinstance(value, (tuple, bool)) else "-".join(map(str, value)) or "plain",
+)
+def test_every_key_that_matters_is_priced(tmp_path, responses, sharing, values):
+    ratio = check(tmp_path, "llama", 192, responses, sharing=sharing, **values)
+    assert 0.9 <= ratio <= 1.1, ratio
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"memory_budget": 3 * 2**20}, {"fused": "off"}], ids=["kept", "budget", "logits"]
+)
+def test_the_head_of_a_large_vocabulary_is_priced(tmp_path, values):
+    ratio = check(tmp_path, "wide", 16, (48, 48, 48), optim="sgd", **values)
+    assert 0.9 <= ratio <= 1.1, ratio

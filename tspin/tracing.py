@@ -1,0 +1,236 @@
+"""The bytes of one training step, followed on tensors without data: the model's own code runs, no memory is spent.
+
+Each storage that an operation makes, and its end, is an event; replayed, they give the memory of every moment by what it is
+for. The tensors say they are the CPU's. To price a CUDA GPU instead, its attention kernel is stood in for by a function that
+keeps what the kernel keeps; the output head always is, by its own planner. Deliberately one step of one configuration:
+what that means for a run is tspin.memory's.
+
+N response tokens, V vocabulary, D hidden width; H query heads, L queries, S keys, d their width.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from tspin.model import Head
+from tspin_kernels._blocks import Head as KernelHead
+from tspin_kernels._inputs import LogitTransform
+from tspin_kernels._linear_logprobs import product_dtypes
+from tspin_kernels._plan import DEFAULT_BUDGET, plan_blocks
+from tspin_kernels._rows_torch import _TILE
+from tspin_kernels._sequence_loss import _group_blocks
+
+WORK = "working set"
+
+
+class LiveBytes(TorchDispatchMode):
+    """Records the beginning and the end of every storage that operations make while it is on.
+
+    `label` and `phase` are what is written beside them. What is there before is brought in by `hold`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.label, self.phase = WORK, "before"
+        self.labels: list[str] = []  # of each storage
+        self._events: list[tuple[int, int, str]] = []  # storage, change in bytes, phase
+        self._live: dict[int, int] = {}  # address of a living storage -> its number
+        self._ends: list[weakref.ref] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        is_weight_copy = func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter)
+        self.hold(out, "weight copies of autocast" if is_weight_copy else self.label)
+        return out
+
+    def hold(self, tensors: Any, label: str) -> None:
+        """Count the storages of tensors that are not counted yet."""
+        for leaf in tree_leaves(tensors):
+            if not isinstance(leaf, Tensor) or (storage := leaf.untyped_storage())._cdata in self._live:
+                continue
+            number, key, size = len(self.labels), storage._cdata, storage.nbytes()
+            self.labels.append(label)
+            self._live[key] = number
+            self._events.append((number, size, self.phase))
+            self._ends.append(
+                weakref.ref(storage, lambda _, key=key, number=number, size=size: self._end(key, number, size))
+            )
+
+    def _end(self, key: int, number: int, size: int) -> None:
+        if self._live.get(key) == number:
+            del self._live[key]
+        self._events.append((number, -size, self.phase))
+
+    def relabel(self, tensors: Any, label: str) -> None:
+        """Say what living storages turned out to be."""
+        for leaf in tree_leaves(tensors):
+            if isinstance(leaf, Tensor) and (number := self._live.get(leaf.untyped_storage()._cdata)) is not None:
+                self.labels[number] = label
+
+    def relabel_all(self, label: str, new: str) -> None:
+        """Say what all living storages of a label turned out to be."""
+        for number in self._live.values():
+            if self.labels[number] == label:
+                self.labels[number] = new
+
+    def peaks(self) -> dict[str, dict[str, int]]:
+        """Of each phase, the bytes by label at its fullest moment."""
+        found: dict[str, dict[str, int]] = {}
+        now: Counter[str] = Counter()
+        for number, change, phase in self._events:
+            now[self.labels[number]] += change
+            if phase not in found or now.total() > sum(found[phase].values()):
+                found[phase] = {label: size for label, size in now.items() if size}
+        return found
+
+
+class _FlashAttention(torch.autograd.Function):
+    """What a fused CUDA attention keeps: its inputs, its output and the log-sum-exp [B, H, L]; never [L, S] scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, lse, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, *_ = ctx.saved_tensors
+        work = [dout.new_empty(query.shape[:-1], dtype=torch.float32), torch.empty_like(query, dtype=torch.float32)]
+        if key.shape[1] != query.shape[1]:
+            # The kernel makes a gradient for each query head and sums those of a group after.
+            work += [t.new_empty(t.shape[0], query.shape[1], *t.shape[2:]) for t in (key, value)]
+        grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+        return *grads, None
+
+
+def _flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
+    # A boolean mask becomes one of the queries' dtype, which the kernel keeps.
+    bias = None if attn_mask is None else attn_mask.new_empty(attn_mask.shape, dtype=query.dtype)
+    return _FlashAttention.apply(query, key, value, bias)
+
+
+@contextmanager
+def flash_attention() -> Iterator[None]:
+    """Within it, scaled_dot_product_attention is `_FlashAttention`, in layers that a backward runs again too."""
+    plain = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _flash_attention  # a function mode would be off during a backward
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+def assume_no_padding(model: PreTrainedModel) -> None:
+    """Let sdpa leave out its mask where rows without padding need none, which it would have to read a tensor to find out."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(_UNPADDED)
+
+
+def _unpadded_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return sdpa_mask(*args, **kwargs | {"attention_mask": None, "allow_is_causal_skip": True})
+
+
+_UNPADDED = "tspin_unpadded"
+AttentionInterface.register(_UNPADDED, sdpa_attention_forward)
+AttentionMaskInterface.register(_UNPADDED, _unpadded_mask)
+
+
+class Select(torch.autograd.Function):
+    """`tensor[rows]` at its cost: tensors without data would be copied once more in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, rows: Tensor) -> Tensor:
+        ctx.shape = tensor.shape
+        return tensor.new_empty(len(rows), *tensor.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+        return dout.new_empty(ctx.shape), None
+
+
+class _HeadRows(NamedTuple):
+    index: Tensor  # [N]
+    per_group: list[int]
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The allocations of `linear_sequence_loss`, sized by its own planner, in its order."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, sizes: _HeadSizes) -> Tensor:
+        ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
+        grads: list[Tensor | None] = [None, None, None]
+        if sizes.wanted[0]:
+            grads[0] = hidden.new_empty(hidden.shape, dtype=sizes.hidden_dtype)
+        if sizes.wanted[1]:
+            grads[1] = weight.new_empty(weight.shape, dtype=sizes.weight_dtype)
+        if sizes.wanted[2] and bias is not None:
+            grads[2] = bias.new_empty(bias.shape, dtype=torch.float32)
+        for block, part in sizes.blocks:
+            kept = hidden.new_empty(block, dtype=torch.uint8), hidden.new_empty(part, dtype=torch.uint8)
+            del kept
+        ctx.grads = grads
+        return hidden.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None
+        return *(None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None
+
+
+class _HeadSizes(NamedTuple):
+    wanted: list[bool]  # gradients of hidden, weight and bias
+    hidden_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    blocks: list[tuple[int, int]]  # bytes of a block with its products, and of its rows' gradient
+
+
+def head_loss(hidden: Tensor, head: Head, per_group: Sequence[int], *, budget: int | None, on_cpu: bool) -> Tensor:
+    """A scalar that costs what `linear_sequence_loss` costs over groups of `per_group` response tokens.
+
+    hidden: [T, D]. Under autocast, as the op itself, in its dtype. budget: bytes, None for the op's own.
+    """
+    budget = DEFAULT_BUDGET if budget is None else budget
+    compute, logits = product_dtypes(hidden, head.weight, None, "auto")
+    weight, bias, N = head.weight, head.bias, sum(per_group)
+    kernel = KernelHead(weight, bias, LogitTransform(1.0, None, 1.0), compute, logits, None)  # type: ignore[arg-type]
+    # The planner asks a tensor for its dtype and whether the CPU holds it.
+    like = hidden if on_cpu else torch.empty(0, dtype=hidden.dtype, device="meta")
+    grad = torch.is_grad_enabled()
+    wanted = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    rows = _HeadRows(hidden.new_empty(N, dtype=torch.int64), list(per_group))
+    ranges = _group_blocks(kernel, like, rows, wanted, budget) if any(wanted) else None  # type: ignore[arg-type]
+    part_bytes = hidden.shape[-1] * hidden.dtype.itemsize if wanted[0] else 0
+    blocks = []
+    for start, stop in ranges or [(0, len(per_group))]:
+        n = sum(per_group[start:stop])
+        sizes = kernel.sizes(n, like, gathered=True, dhidden=wanted[0], dweight=wanted[1])
+        plan = plan_blocks(sizes, budget)
+        rows_, cols = (max(1, n), kernel.V) if ranges else (plan.rows, plan.cols)
+        # On a CPU the work on rows holds a few float32 tiles of logits; on a GPU it is a kernel.
+        tiles = 3 * 4 * min(n * cols, _TILE["cpu"]) if on_cpu else 0
+        blocks.append((sizes.total(rows_, cols) + tiles, n * part_bytes))
+    several, half = ranges is not None and len(ranges) > 1, compute == torch.float16
+    widened = _HeadSizes(
+        wanted, torch.float32 if half else hidden.dtype, torch.float32 if half or several else weight.dtype, blocks
+    )
+    return _HeadLoss.apply(hidden, weight, bias, widened)
