@@ -16,6 +16,7 @@ from torch import Tensor
 from tspin_kernels import _rows_torch
 from tspin_kernels._inputs import LogitTransform, accumulate_dtype
 from tspin_kernels._plan import Blocks, Sizes
+from tspin_kernels._shards import Shard
 
 _NARROW = (torch.float16, torch.bfloat16)
 # A product on its way into a wider sum is made in slices of at most this.
@@ -83,21 +84,34 @@ class Head:
     compute_dtype: torch.dtype
     logits_dtype: torch.dtype
     rows: ModuleType
+    shard: Shard | None = None  # where the weight holds only some of the vocabulary
 
     @property
     def V(self) -> int:
         return self.weight.shape[0]
 
+    @property
+    def start(self) -> int:
+        """The token id of the weight's first row."""
+        return 0 if self.shard is None else self.shard.start
+
     def columns(self, start: int, stop: int) -> "Head":
         return replace(self, weight=self.weight[start:stop], bias=None if self.bias is None else self.bias[start:stop])
 
-    def sizes(self, N: int, hidden: Tensor, gathered: bool, dhidden: bool = False, dweight: bool = False) -> Sizes:
-        """What the planner asks of a call with N rows taken from `hidden`, `gathered` by an index or not, and its gradients."""
+    def sizes(
+        self,
+        N: int,
+        hidden: Tensor,
+        gathered: bool,
+        dhidden: torch.dtype | None = None,
+        dweight: torch.dtype | None = None,
+    ) -> Sizes:
+        """What the planner asks of N rows of `hidden`, `gathered` by an index or not, and the dtypes of the gradients."""
         D, narrow = self.weight.shape[1], self.compute_dtype in _NARROW
         on_cpu = hidden.device.type == "cpu"
 
-        def how(wanted: bool, dtype: torch.dtype) -> str | None:
-            return None if not wanted else "narrow" if dtype in _NARROW else "wide" if narrow else "direct"
+        def how(dtype: torch.dtype | None) -> str | None:
+            return None if dtype is None else "narrow" if dtype in _NARROW else "wide" if narrow else "direct"
 
         # The CPU has no product of narrow operands with a wide result: it widens them first.
         wide_copy = 4 if on_cpu and narrow else 0
@@ -107,8 +121,8 @@ class Head:
             self.V,
             D,
             self.logits_dtype.itemsize + wide_copy,
-            how(dhidden, hidden.dtype),
-            how(dweight, self.weight.dtype),
+            how(dhidden),
+            how(dweight),
             always_sum=self.compute_dtype == torch.float16,
             row_bytes=D * (wide_copy + (copied if gathered or hidden.dtype != self.compute_dtype else 0)),
             col_bytes=D * (wide_copy + (copied if self.weight.dtype != self.compute_dtype else 0)),
@@ -187,7 +201,7 @@ def compute_stats(
     store: Tensor | None = None,
 ) -> RowStats:
     """Statistics of the rows `hidden[index]` against `targets` [N]. `store` [N, V] keeps the products for `compute_gradients`."""
-    N = targets.shape[0]
+    N, targets = targets.shape[0], targets - head.start
     m = torch.full((N,), -torch.inf, dtype=accumulate_dtype(head.compute_dtype), device=hidden.device)
     s = torch.zeros_like(m)
     u = torch.zeros_like(m) if with_entropy else None
@@ -210,6 +224,8 @@ def compute_stats(
                 target_logit[r0:r1],
                 head.transform,
             )
+    if head.shard is not None:
+        m, s, u, target_logit = head.shard.merge(m, s, u, target_logit, targets)
     log_s = s.log()
     return RowStats(m, log_s, (target_logit - m) - log_s, None if u is None else log_s - u / s)
 
@@ -227,12 +243,12 @@ def compute_gradients(
     fresh: bool = True,
     store: Tensor | None = None,
 ) -> None:
-    """Write into `grads` the gradients of the rows `hidden[index]`; not `fresh`: add those of weight and bias, in float32.
+    """Write into `grads` the gradients of the rows `hidden[index]`; not `fresh`: add that of the weight. The bias' is always added.
 
     Row i of `grads.hidden` [N, D] belongs to `hidden[index[i]]` and is always written. `store` holds the products kept by
     `compute_stats` and is destroyed; without it they are made again.
     """
-    N = targets.shape[0]
+    N, targets = targets.shape[0], targets - head.start
     unscale = None
     if head.compute_dtype == torch.float16:
         upstream, unscale = _rescale(upstream)
@@ -283,13 +299,12 @@ def compute_gradients(
             )
             _add_product(total, dlogits.T, rows, r0 == 0 and (fresh or total is not out), unscale)
             if total is not out and r1 == N:
-                assert fresh
-                out.copy_(total)
+                out.copy_(total) if fresh else out.add_(total)
         if grads.bias is not None:
             column_sums = dlogits.sum(0, dtype=grads.bias.dtype)
             if unscale is not None:
                 column_sums *= unscale
-            grads.bias[c0:c1] = column_sums if fresh and r0 == 0 else grads.bias[c0:c1] + column_sums
+            grads.bias[c0:c1] += column_sums
 
 
 def _rescale(upstream: Upstream) -> tuple[Upstream, Tensor]:

@@ -161,7 +161,8 @@ def _group_blocks(
     head: Head, hidden: Tensor, rows: Rows, wanted: list[bool], budget: int
 ) -> list[tuple[int, int]] | None:
     # Ranges of groups whose logits fit, None where a group is too large and the call takes two passes.
-    sizes = partial(head.sizes, hidden=hidden, gathered=True, dhidden=wanted[0], dweight=wanted[1])
+    dtypes = [t.dtype if needed else None for t, needed in zip((hidden, head.weight), wanted)]
+    sizes = partial(head.sizes, hidden=hidden, gathered=True, dhidden=dtypes[0], dweight=dtypes[1])
     N = rows.index.shape[0]
     if sizes(N).total(N, head.V) <= budget:
         return [(0, len(rows.per_group))]
@@ -197,7 +198,8 @@ def run_groups(
         start += n
         index, targets = rows.index[block], rows.targets[block]
         store = hidden.new_empty(n, V, dtype=head.logits_dtype) if one_pass else None
-        sizes = head.sizes(n, hidden, gathered=True, dhidden=wanted[0], dweight=wanted[1])
+        dtypes = [t.dtype if needed else None for t, needed in zip((hidden, head.weight), wanted)]
+        sizes = head.sizes(n, hidden, True, *dtypes)
         blocks = Blocks(max(1, n), V) if one_pass else plan_blocks(sizes, call.budget)
         stats = compute_stats(head, hidden, index, targets, blocks, with_entropy, store)
         lengths = rows.lengths[g0:g1]
