@@ -95,6 +95,11 @@ class Head:
         """The token id of the weight's first row."""
         return 0 if self.shard is None else self.shard.start
 
+    @property
+    def widest(self) -> int:
+        """V, or the most that a rank has: what plans are made for, so that all ranks make the same."""
+        return self.V if self.shard is None else self.shard.widest
+
     def columns(self, start: int, stop: int) -> "Head":
         return replace(self, weight=self.weight[start:stop], bias=None if self.bias is None else self.bias[start:stop])
 
@@ -118,7 +123,7 @@ class Head:
         copied = self.compute_dtype.itemsize
         return Sizes(
             N,
-            self.V,
+            self.widest,
             D,
             self.logits_dtype.itemsize + wide_copy,
             how(dhidden),

@@ -163,13 +163,13 @@ def _group_blocks(
     # Ranges of groups whose logits fit, None where a group is too large and the call takes two passes.
     dtypes = [t.dtype if needed else None for t, needed in zip((hidden, head.weight), wanted)]
     sizes = partial(head.sizes, hidden=hidden, gathered=True, dhidden=dtypes[0], dweight=dtypes[1])
-    N = rows.index.shape[0]
-    if sizes(N).total(N, head.V) <= budget:
+    N, V = rows.index.shape[0], head.widest
+    if sizes(N).total(N, V) <= budget:
         return [(0, len(rows.per_group))]
     D, one = head.weight.shape[1], sizes(1)
     # Several blocks sum the weight's gradient in float32, taken a few columns at a time.
-    accumulator = 4 * D * head.V if one.dweight == "narrow" else 0
-    return _pack(rows.per_group, (budget - accumulator) // max(1, head.V * one.logit_bytes + one.row_bytes))
+    accumulator = 4 * D * V if one.dweight == "narrow" else 0
+    return _pack(rows.per_group, (budget - accumulator) // max(1, V * one.logit_bytes + one.row_bytes))
 
 
 def run_groups(
@@ -182,7 +182,7 @@ def run_groups(
     dtype = accumulate_dtype(head.compute_dtype)
     # Several blocks, or a float16 gradient that waits for its scale, are summed in float32.
     wide = dtype if head.compute_dtype == torch.float16 or (ranges is not None and len(ranges) > 1) else None
-    hidden_dtype = dtype if head.compute_dtype == torch.float16 else hidden.dtype
+    hidden_dtype = dtype if head.compute_dtype == torch.float16 or head.shard is not None else hidden.dtype
     hidden_gradient = _HiddenGradient(hidden, rows, hidden_dtype) if wanted[0] else None
     grads = Gradients(
         None,
@@ -247,4 +247,7 @@ def run_groups(
     loss = losses.double().sum().to(dtype) / call.normalizer
     sums, entropies, lengths = zip(*(sequences for _, sequences in parts), strict=True)
     stats = SequenceStats(torch.cat(sums), None if entropies[0] is None else torch.cat(entropies), torch.cat(lengths))
-    return loss, stats, grads._replace(hidden=hidden_gradient.result() if hidden_gradient else None)
+    if hidden_gradient is None:
+        return loss, stats, grads
+    dhidden = hidden_gradient.result()
+    return loss, stats, grads._replace(hidden=dhidden if head.shard is None else head.shard.sum_(dhidden))

@@ -8,7 +8,7 @@ The backward only multiplies by the upstream scalar.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,11 +16,15 @@ from torch import Tensor
 from tspin_kernels._blocks import Head, rows_module
 from tspin_kernels._groups import Call, Rows, run_groups, select_rows
 from tspin_kernels._inputs import LogitTransform, check_inputs, check_targets_in_range
-from tspin_kernels._linear_logprobs import product_dtypes
+from tspin_kernels._linear_logprobs import product_dtypes, refuse_with_reference
 from tspin_kernels._losses import tspin_loss
 from tspin_kernels._plan import DEFAULT_BUDGET
 from tspin_kernels._reference import linear_logprobs_reference
 from tspin_kernels._sequences import LossFn, SequenceStats, check_groups, sequence_loss
+from tspin_kernels._shards import find_shard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _SequenceLoss(torch.autograd.Function):
@@ -83,6 +87,7 @@ def linear_sequence_loss(
     memory_budget: int | None = None,
     backend: str = "auto",
     logits_dtype: torch.dtype | None = None,
+    process_group: "ProcessGroup | None" = None,
 ) -> tuple[Tensor, SequenceStats]:
     """A loss of per-sequence log-probs straight from hidden states, its gradient formed in the same pass.
 
@@ -104,6 +109,7 @@ def linear_sequence_loss(
         memory_budget: bytes for the logits of the groups in flight and for accumulators (2 GiB). A group beyond it costs a second
             projection. float16 also holds its gradients in float32 until the upstream scale is known.
         backend: as in `linear_logprobs`; "reference" is plain PyTorch with an ordinary graph.
+        process_group: as in `linear_logprobs`; `loss_fn` is evaluated on every rank, on the same bits.
 
     Returns:
         (loss [] float32, SequenceStats [num_groups, group_size], detached). The loss is differentiable once and its backward runs
@@ -131,6 +137,7 @@ def linear_sequence_loss(
     if isinstance(normalizer, Tensor) and normalizer.requires_grad:
         raise ValueError("normalizer: want a constant, got a tensor that requires grad; detach it")
     if backend == "reference":
+        refuse_with_reference(process_group=process_group)
         keep = slice(None) if ignore_index is None else targets != ignore_index
         tokens = linear_logprobs_reference(
             flat[keep] if rows is None else flat[rows[keep]],
@@ -155,24 +162,32 @@ def linear_sequence_loss(
             normalizer=normalizer,
         )
     dtypes = product_dtypes(hidden, weight, logits_dtype, backend)
+    budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
+    grad = torch.is_grad_enabled()
+    wanted = [grad and t is not None and t.requires_grad for t in (flat, weight, bias)]
+    shard = None
+    if process_group is not None:
+        # What decides how often the ranks meet: who differs here would wait for the others for ever.
+        shared = {"hidden": flat.shape[0], "targets": N, "num_groups": num_groups, "memory_budget": budget}
+        shared |= {"entropy": entropy is not False, "hidden, weight or bias: requires_grad": sum(wanted)}
+        shard = find_shard(process_group, weight.shape[0], flat.device, shared)
     head = Head(
         weight.detach(),
         None if bias is None else bias.detach().contiguous(),
         transform,
         *dtypes,
         rows_module(backend, hidden.device),
+        shard,
     )
     selected = select_rows(targets, ids, rows, ignore_index, num_groups, group_size)
-    check_targets_in_range(selected.targets, head.V)
+    check_targets_in_range(selected.targets, head.V if shard is None else shard.V)
     call = Call(
         loss_fn,
         group_inputs,
         max(1, num_groups) if normalizer is None else normalizer,
         entropy,
-        DEFAULT_BUDGET if memory_budget is None else memory_budget,
+        budget,
     )
-    grad = torch.is_grad_enabled()
-    wanted = [grad and t is not None and t.requires_grad for t in (flat, weight, bias)]
     loss, *sequences = _SequenceLoss.apply(flat, weight, bias, head, selected, call, wanted)
     return loss, SequenceStats(*sequences)
 
