@@ -47,9 +47,9 @@ TRANSFORM = {"temperature": 0.7, "logit_scale": 1.3, "softcap": 4.0}
 # Of linear_logprobs: a case, what the oracle is told too, and what the op alone is.
 TOKENS = {
     "plain": (case_of(), {}, {}),
-    "blocks": (case_of(), {}, {"memory_budget": 6000}),
+    "blocks": (case_of(), {}, {"memory_budget": 3500}),
     "transformed": (case_of(ignored=0.3), TRANSFORM, {}),
-    "transformed_blocks": (case_of(ignored=0.3), TRANSFORM, {"memory_budget": 6000}),
+    "transformed_blocks": (case_of(ignored=0.3), TRANSFORM, {"memory_budget": 3500}),
     "no_bias": (case_of(bias=False), {}, {}),
     "bfloat16": (case_of(torch.bfloat16), {}, {}),
     "float16_blocks": (case_of(torch.float16), {}, {"memory_budget": 12000}),
