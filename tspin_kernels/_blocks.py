@@ -139,10 +139,11 @@ class Head:
         if out.dtype == self.compute_dtype:
             torch.mm(a, b, out=out)
         else:
-            out.copy_(_wide_product(a, b))
+            out.copy_(wide_product(a, b))
 
 
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 or wider, as it is accumulated."""
     if a.dtype in (torch.float32, torch.float64):
         return torch.mm(a, b)
     if a.device.type == "cpu":
@@ -150,13 +151,13 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool, unscale: Tensor | None) -> None:
-    # out (+)= a @ b * unscale. A sum over several products is always in float32 or wider.
+def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool, unscale: Tensor | None) -> None:
+    """out (+)= a @ b * unscale; `first` overwrites. A sum over several products is always in float32 or wider."""
     if out.dtype == a.dtype and unscale is None:
         torch.mm(a, b, out=out) if first else out.addmm_(a, b)
         return
     for start, stop in _steps(a.shape[0], max(1, _PRODUCT_BYTES // (4 * b.shape[1]))):
-        product = _wide_product(a[start:stop], b)
+        product = wide_product(a[start:stop], b)
         if unscale is not None:
             product.mul_(unscale)
         out[start:stop].copy_(product) if first else out[start:stop].add_(product)
@@ -185,8 +186,9 @@ class _Buffer:
         return self.memory[: (r1 - r0) * (c1 - c0)].view(r1 - r0, c1 - c0)
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    # The engine chooses the dtype of each product; autocast would round what it widens.
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For what chooses the dtype of each product itself; autocast would round what it widens."""
+
     @wraps(function)
     def wrapped(head: Head, hidden: Tensor, *args: Any, **options: Any) -> Any:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -195,7 +197,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-@_without_autocast
+@without_autocast
 def compute_stats(
     head: Head,
     hidden: Tensor,
@@ -235,7 +237,7 @@ def compute_stats(
     return RowStats(m, log_s, (target_logit - m) - log_s, None if u is None else log_s - u / s)
 
 
-@_without_autocast
+@without_autocast
 def compute_gradients(
     head: Head,
     hidden: Tensor,
@@ -256,7 +258,7 @@ def compute_gradients(
     N, targets = targets.shape[0], targets - head.start
     unscale = None
     if head.compute_dtype == torch.float16:
-        upstream, unscale = _rescale(upstream)
+        upstream, unscale = rescale(upstream)
     row_steps, col_steps = _steps(N, blocks.rows), _steps(head.V, blocks.cols)
     if blocks.tokens_inner:
         order = [(row, col) for col in col_steps for row in row_steps]
@@ -294,7 +296,7 @@ def compute_gradients(
             total = (
                 out if dhidden_sum is None else dhidden_sum[r0:r1] if blocks.tokens_inner else dhidden_sum[: r1 - r0]
             )
-            _add_product(total, dlogits, part.weight.to(head.compute_dtype), c0 == 0, unscale)
+            add_product(total, dlogits, part.weight.to(head.compute_dtype), c0 == 0, unscale)
             if total is not out and c1 == head.V:
                 out.copy_(total)
         if grads.weight is not None:
@@ -302,7 +304,7 @@ def compute_gradients(
             total = (
                 out if dweight_sum is None else dweight_sum[: c1 - c0] if blocks.tokens_inner else dweight_sum[c0:c1]
             )
-            _add_product(total, dlogits.T, rows, r0 == 0 and (fresh or total is not out), unscale)
+            add_product(total, dlogits.T, rows, r0 == 0 and (fresh or total is not out), unscale)
             if total is not out and r1 == N:
                 out.copy_(total) if fresh else out.add_(total)
         if grads.bias is not None:
@@ -312,9 +314,29 @@ def compute_gradients(
             grads.bias[c0:c1] += column_sums
 
 
-def _rescale(upstream: Upstream) -> tuple[Upstream, Tensor]:
-    # A power of two that brings the largest upstream gradient near one, where float16 keeps its digits, and its inverse.
+def rescale(upstream: Upstream) -> tuple[Upstream, Tensor]:
+    """Times a power of two that brings the largest near one, where float16 keeps its digits; and the inverse of that power."""
     largest = torch.stack([g.abs().max() for g in upstream if g is not None]).max()
     exponent = torch.where(largest > 0, torch.frexp(largest)[1], 0).clamp(-120, 120)
     scale = torch.ldexp(torch.ones_like(largest), -exponent)
     return Upstream(*(None if g is None else g * scale for g in upstream)), 1 / scale
+
+
+def to_front(kept: Tensor, store: Tensor | None) -> Tensor:
+    """Places of the rows that `kept` [N] marks, in the order in which they then stand at the front of `store` [N, V].
+
+    A row from the back takes the place of one at the front that is left out: to leave a row out costs at most one copied
+    row, as much as its dlogits would have; gathering would copy all that stay.
+    """
+    places = kept.nonzero().squeeze(1)
+    count = places.shape[0]
+    holes = (~kept[:count]).nonzero().squeeze(1)
+    moved = places[count - holes.shape[0] :]
+    order = torch.arange(count, device=kept.device)
+    order[holes] = moved
+    if store is not None and holes.shape[0]:
+        # In steps, so that the copy in flight is small beside the store.
+        step = -(-holes.shape[0] // 16)
+        for into, origin in zip(holes.split(step), moved.split(step), strict=True):
+            store.index_copy_(0, into, store.index_select(0, origin))
+    return order

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tspin_kernels._blocks import Gradients, Head, RowStats, Upstream, compute_gradients, compute_stats
+from tspin_kernels._blocks import Gradients, Head, RowStats, Upstream, compute_gradients, compute_stats, to_front
+from tspin_kernels._filter import FilterReport, compute_filtered_gradients, filter_bytes
 from tspin_kernels._inputs import accumulate_dtype
 from tspin_kernels._plan import Blocks, plan_blocks
 from tspin_kernels._sequences import LossFn, SequenceStats, group_losses, sum_sequences
@@ -71,6 +72,8 @@ class Call(NamedTuple):
     normalizer: float | Tensor
     entropy: str | bool
     budget: int
+    filter_tolerance: float | None
+    report: FilterReport
 
 
 def select_rows(
@@ -121,26 +124,6 @@ class _HiddenGradient:
 def _live_rows(upstream: Upstream) -> Tensor:
     # Which rows [N] may have a gradient: all but those of upstream gradients that are exactly zero. A nan is not zero.
     return torch.stack([gradient != 0 for gradient in upstream if gradient is not None]).any(0)
-
-
-def to_front(kept: Tensor, store: Tensor | None) -> Tensor:
-    """Places of the rows that `kept` [N] marks, in the order in which they then stand at the front of `store` [N, V].
-
-    A row from the back takes the place of one at the front that is left out: to leave a row out costs at most one copied
-    row, as much as its dlogits would have; gathering would copy all that stay.
-    """
-    places = kept.nonzero().squeeze(1)
-    count = places.shape[0]
-    holes = (~kept[:count]).nonzero().squeeze(1)
-    moved = places[count - holes.shape[0] :]
-    order = torch.arange(count, device=kept.device)
-    order[holes] = moved
-    if store is not None and holes.shape[0]:
-        # In steps, so that the copy in flight is small beside the store.
-        step = -(-holes.shape[0] // 16)
-        for into, origin in zip(holes.split(step), moved.split(step), strict=True):
-            store.index_copy_(0, into, store.index_select(0, origin))
-    return order
 
 
 def _pack(per_group: list[int], max_rows: int) -> list[tuple[int, int]] | None:
