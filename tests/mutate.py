@@ -329,7 +329,12 @@ def failing_test(mutation: Mutation | None, tests: list[str], only: str = "") ->
                 raise SystemExit(f"{mutation.bug}: {mutation.file} has no {mutation.old!r}")
             path.write_text(text.replace(mutation.old, mutation.new))
         command = [sys.executable, *PYTEST]
-        switches = {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+        switches = {
+            "PYTHONPATH": folder,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+            "TRITON_INTERPRET": "1",
+        }
         environment = os.environ | switches
         command += [f"--rootdir={copy}", *tests, "-k", only]
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)

@@ -241,24 +241,34 @@ def _train(args: argparse.Namespace, words: list[str]) -> None:
 def _eval(args: argparse.Namespace, words: list[str]) -> None:
     config = _config(args, words, "eval_dataset", dataset="unused")
     from accelerate import PartialState
+    from accelerate.utils import gather_object
 
     from tspin.data import load_examples
-    from tspin.evaluate import evaluate
+    from tspin.evaluate import evaluate, merge_evaluations, scoring_options
 
-    autocast_dtype, tokenizer = _autocast(config), _tokenizer(config)
+    training, tokenizer = _training_args(config), _tokenizer(config)
+    autocast_dtype, state = _autocast(config), PartialState()
     examples, _ = load_examples(config, tokenizer, split="eval")
-    result = evaluate(
-        _model(config).to(PartialState().device),
-        tokenizer,
-        examples,
-        answer_pattern=config.answer_pattern,
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.generation_batch_size,
-        seed=config.seed,
-        sampled=config.eval_sampled,
-        autocast_dtype=autocast_dtype,
-    )
-    print(json.dumps(result, indent=2))
+    mine = examples[state.process_index :: state.num_processes]
+    parts: list[dict[str, Any]] = []
+    if mine:
+        model = _model(config).to(state.device)
+        result = evaluate(
+            model,
+            tokenizer,
+            mine,
+            answer_pattern=config.answer_pattern,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.generation_batch_size,
+            seed=config.seed,
+            sampled=config.eval_sampled,
+            autocast_dtype=autocast_dtype,
+            **scoring_options(training, model),
+        )
+        parts.append(result)
+    parts = gather_object(parts)
+    if state.is_main_process:
+        print(json.dumps(merge_evaluations(parts), indent=2))
 
 
 def _report(args: argparse.Namespace, words: list[str]) -> None:
@@ -275,6 +285,7 @@ def _env(args: argparse.Namespace, words: list[str]) -> None:
     import torch
 
     facts = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    facts["torch"] = torch.__version__
     devices = map(torch.cuda.get_device_name, range(torch.cuda.device_count()))
     facts |= {"CUDA device": ", ".join(devices) or "none", "platform": platform.platform()}
     print("\n".join(f"{name:14}{value}" for name, value in facts.items()))

@@ -123,7 +123,7 @@ def evaluate(
     Returns:
         exact_match: greedy; exact_match_sampled: at temperature 1 (absent unless `sampled`); logprob: mean summed
         log-prob of the annotated responses, nats; nll_per_token: nats; truncated_greedy: share of greedy responses that were
-        cut; rows.
+        cut; rows, tokens: of the annotated responses.
     Raises:
         ValueError: no examples, or `answer_pattern` matches no answer in an annotated response.
     """
@@ -151,11 +151,23 @@ def evaluate(
     result: dict[str, Any] = {"exact_match": exact_match(examples, answers[GREEDY], answer_pattern)}
     if sampled:
         result["exact_match_sampled"] = exact_match(examples, answers[SAMPLED], answer_pattern)
+    tokens = sum(len(e.response_ids) for e in examples)
     return result | {
         "logprob": sum(logprobs) / len(examples),
-        "nll_per_token": -sum(logprobs) / sum(len(e.response_ids) for e in examples),
+        "nll_per_token": -sum(logprobs) / tokens,
         "truncated_greedy": sum(g.finish_reason == "length" for g in answers[GREEDY]) / len(examples),
         "rows": len(examples),
+        "tokens": tokens,
+    }
+
+
+def merge_evaluations(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The result of `evaluate` on all rows, from its results on disjoint parts of them."""
+    counts = {name: sum(part[name] for part in parts) for name in ("rows", "tokens")}
+    return {
+        name: counts[name] if name in counts else sum(part[name] * part[unit] for part in parts) / counts[unit]
+        for name in parts[0]
+        for unit in ["tokens" if name == "nll_per_token" else "rows"]
     }
 
 

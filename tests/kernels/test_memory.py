@@ -103,6 +103,17 @@ def test_flops_without_gradient(fused, case, op, mode, budget):
         assert product_flops(lambda: call(**options)) == 2 * N * V * D
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradient_less_budget_does(fused, op, mode):
+    """The float32 sums of a bfloat16 gradient that nobody will ask for are not counted."""
+    case = make_case(N, V, D, seed=1, dtype=torch.bfloat16).to(fused.device)
+    hidden, weight = leaves(case, "hidden", "weight")
+    call = partial(op, fused, hidden, weight, case)
+    with_gradient = least_budget(lambda budget: call(memory_budget=budget).backward())
+    with mode():
+        assert least_budget(lambda budget: call(memory_budget=budget)) < with_gradient
+
+
 def test_ignored_rows_cost_nothing(fused, case, op):
     case.targets[::3] = -100
     hidden, weight = leaves(case, "hidden", "weight")
