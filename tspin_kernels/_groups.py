@@ -72,8 +72,8 @@ class Call(NamedTuple):
     normalizer: float | Tensor
     entropy: str | bool
     budget: int
-    filter_tolerance: float | None
-    report: FilterReport
+    filter_tolerance: float | None = None
+    filter_report: FilterReport | None = None
 
 
 def select_rows(
@@ -141,9 +141,11 @@ def _pack(per_group: list[int], max_rows: int) -> list[tuple[int, int]] | None:
 
 
 def _group_blocks(
-    head: Head, hidden: Tensor, rows: Rows, wanted: list[bool], budget: int
+    head: Head, hidden: Tensor, rows: Rows, wanted: list[bool], budget: int, filtered: bool
 ) -> list[tuple[int, int]] | None:
     # Ranges of groups whose logits fit, None where a group is too large and the call takes two passes.
+    if filtered:
+        budget -= filter_bytes(head, hidden.device)
     dtypes = [t.dtype if needed else None for t, needed in zip((hidden, head.weight), wanted)]
     sizes = partial(head.sizes, hidden=hidden, gathered=True, dhidden=dtypes[0], dweight=dtypes[1])
     N, V = rows.index.shape[0], head.widest
@@ -159,12 +161,15 @@ def run_groups(
     head: Head, hidden: Tensor, rows: Rows, call: Call, wanted: list[bool]
 ) -> tuple[Tensor, SequenceStats, Gradients]:
     # Loss, statistics and gradients; the gradients of `hidden` rows are summed where a row serves several targets.
+    filtered = call.filter_tolerance is not None
     with_entropy = call.entropy is not False
-    ranges = _group_blocks(head, hidden, rows, wanted, call.budget) if any(wanted) else None
+    ranges = _group_blocks(head, hidden, rows, wanted, call.budget, filtered) if any(wanted) else None
     (V, D), group_size = head.weight.shape, rows.lengths.shape[1]
     dtype = accumulate_dtype(head.compute_dtype)
+    one_pass = ranges is not None
     # Several blocks, or a float16 gradient that waits for its scale, are summed in float32.
-    wide = dtype if head.compute_dtype == torch.float16 or (ranges is not None and len(ranges) > 1) else None
+    is_sum = ranges is not None and (filtered or len(ranges) > 1)
+    wide = dtype if head.compute_dtype == torch.float16 or is_sum else None
     hidden_dtype = dtype if head.compute_dtype == torch.float16 or head.shard is not None else hidden.dtype
     hidden_gradient = _HiddenGradient(hidden, rows, hidden_dtype) if wanted[0] else None
     grads = Gradients(
@@ -173,7 +178,6 @@ def run_groups(
         hidden.new_zeros(V, dtype=dtype) if wanted[2] else None,
     )
     parts: list[tuple[Tensor, SequenceStats]] = []
-    one_pass = ranges is not None
     start, fresh = 0, True
     for g0, g1 in ranges or [(0, len(rows.per_group))]:
         n = sum(rows.per_group[g0:g1])
@@ -211,18 +215,26 @@ def run_groups(
             stats = RowStats(*(None if t is None else t[places] for t in stats))
             upstream = Upstream(*(None if t is None else t[places] for t in upstream))
         dhidden = hidden.new_empty(places.shape[0], D, dtype=hidden_dtype) if hidden_gradient else None
-        compute_gradients(
-            head,
-            hidden,
-            index,
-            targets,
-            stats,
-            upstream,
-            blocks,
-            Gradients(dhidden, grads.weight, grads.bias),
-            fresh=fresh,
-            store=store,
-        )
+        block_grads = Gradients(dhidden, grads.weight, grads.bias)
+        if call.filter_tolerance is not None and store is not None:
+            compute_filtered_gradients(
+                head,
+                hidden,
+                index,
+                targets,
+                stats,
+                upstream,
+                block_grads,
+                store,
+                call.filter_tolerance,
+                call.filter_report,
+            )
+        else:
+            compute_gradients(
+                head, hidden, index, targets, stats, upstream, blocks, block_grads, fresh=fresh, store=store
+            )
+            if call.filter_report is not None:
+                call.filter_report.count(places.shape[0], V, V)
         fresh = False
         if hidden_gradient is not None and dhidden is not None:
             hidden_gradient.add(places + block.start, index, dhidden)

@@ -20,8 +20,6 @@ from tspin_kernels._inputs import LogitTransform
 # Elements of a tile: on a CPU it stays in the cache, on a GPU it keeps the launches few.
 _TILE = {"cpu": 2**18}
 _TILE_ELSEWHERE = 2**25
-# Levels of columns that `level_mass` tells apart.
-LEVELS = 16
 
 
 def _tiles(logits: Tensor):
@@ -134,46 +132,3 @@ def dlogits_(
             dz.mul_(slope)
         scale = transform.logit_scale / transform.temperature
         logits[tile] = dz if scale == 1.0 else dz.mul_(scale)
-
-
-def _tiles_of(dlogits: Tensor, rows: Tensor):
-    # Magnitudes of the listed rows, tile by tile, and where in the list they stand.
-    for tile in _tiles(dlogits[: rows.shape[0]]):
-        yield tile, dlogits.index_select(0, rows[tile]).abs()
-
-
-def column_mass(dlogits: Tensor, rows: Tensor, row_weight: Tensor, per_block: int) -> Tensor:
-    """Of each column the sum of |dlogits| over a block of rows, each times its weight.
-
-    Args:
-        dlogits: [N, V].
-        rows: [R] int64 into them; each `per_block` of the list are a block, the last one may be shorter.
-        row_weight: [R] float32.
-
-    Returns: [blocks, V] float32.
-    """
-    blocks = -(-rows.shape[0] // per_block)
-    mass = row_weight.new_zeros(blocks, dlogits.shape[1])
-    for b in range(blocks):
-        block = slice(b * per_block, (b + 1) * per_block)
-        for tile, size in _tiles_of(dlogits, rows[block]):
-            mass[b] += row_weight[block][tile] @ size.to(mass.dtype)
-    return mass
-
-
-def level_mass(dlogits: Tensor, rows: Tensor, level: Tensor, per_block: int, dtype: torch.dtype) -> Tensor:
-    """Of each listed row the sum of |dlogits| over the columns of each level.
-
-    Args:
-        dlogits, rows, per_block: as in `column_mass`.
-        level: [blocks, V] uint8 below LEVELS, of each column for the rows of a block.
-
-    Returns: [R, LEVELS] float32.
-    """
-    mass = dlogits.new_empty(rows.shape[0], LEVELS, dtype=dtype)
-    for b, columns in enumerate(level):
-        block = slice(b * per_block, (b + 1) * per_block)
-        member = torch.nn.functional.one_hot(columns.long(), LEVELS).to(dtype)
-        for tile, size in _tiles_of(dlogits, rows[block]):
-            mass[block][tile] = size.to(dtype) @ member
-    return mass

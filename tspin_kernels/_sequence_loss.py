@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tspin_kernels._blocks import Head, rows_module
+from tspin_kernels._filter import FilterReport
 from tspin_kernels._groups import Call, Rows, run_groups, select_rows
 from tspin_kernels._inputs import LogitTransform, check_inputs, check_targets_in_range
 from tspin_kernels._linear_logprobs import product_dtypes, refuse_with_reference
@@ -88,6 +89,8 @@ def linear_sequence_loss(
     backend: str = "auto",
     logits_dtype: torch.dtype | None = None,
     process_group: "ProcessGroup | None" = None,
+    filter_tolerance: float | None = None,
+    filter_report: FilterReport | None = None,
 ) -> tuple[Tensor, SequenceStats]:
     """A loss of per-sequence log-probs straight from hidden states, its gradient formed in the same pass.
 
@@ -110,6 +113,14 @@ def linear_sequence_loss(
             projection. float16 also holds its gradients in float32 until the upstream scale is known.
         backend: as in `linear_logprobs`; "reference" is plain PyTorch with an ordinary graph.
         process_group: as in `linear_logprobs`; `loss_fn` is evaluated on every rank, on the same bits.
+        filter_tolerance: tau, 0 to 1: the gradient of each row may leave out vocabulary columns that carry at most tau of its
+            probability; None is exact. With g and h a row's upstream gradients of log-prob and entropy, e = tau (|g| + |h|)
+            logit_scale / temperature bounds its sum of |dlogits| left out; the error of its dhidden is at most e times the longest
+            row of `weight`, that of dweight (Frobenius) at most the sum over rows of e times the length of the hidden row.
+            The bound is summed up for each row, and a row that cannot meet it with few columns is exact, as are the loss,
+            the statistics, the gradient of `bias` and groups beyond the budget. A column that is never kept gets no gradient in
+            `weight`. Peaked distributions gain time, flat ones lose a little.
+        filter_report: a `FilterReport` to which this call adds what it kept.
 
     Returns:
         (loss [] float32, SequenceStats [num_groups, group_size], detached). The loss is differentiable once and its backward runs
@@ -136,8 +147,16 @@ def linear_sequence_loss(
     num_groups = check_groups(ids, N, group_size, group_inputs, num_groups)
     if isinstance(normalizer, Tensor) and normalizer.requires_grad:
         raise ValueError("normalizer: want a constant, got a tensor that requires grad; detach it")
+    if filter_tolerance is not None and not 0 <= filter_tolerance <= 1:
+        raise ValueError(f"filter_tolerance: want a number from 0 to 1, or None, got {filter_tolerance}")
+    if filter_report is not None and filter_tolerance is None:
+        raise ValueError(
+            "filter_report: want a filter_tolerance with it, got None; pass one, or leave filter_report out"
+        )
     if backend == "reference":
-        refuse_with_reference(process_group=process_group)
+        refuse_with_reference(
+            process_group=process_group, filter_tolerance=filter_tolerance, filter_report=filter_report
+        )
         keep = slice(None) if ignore_index is None else targets != ignore_index
         tokens = linear_logprobs_reference(
             flat[keep] if rows is None else flat[rows[keep]],
@@ -169,7 +188,11 @@ def linear_sequence_loss(
     if process_group is not None:
         # What decides how often the ranks meet: who differs here would wait for the others for ever.
         shared = {"hidden": flat.shape[0], "targets": N, "num_groups": num_groups, "memory_budget": budget}
-        shared |= {"entropy": entropy is not False, "hidden, weight or bias: requires_grad": sum(wanted)}
+        shared |= {
+            "entropy": entropy is not False,
+            "filter_tolerance": filter_tolerance is not None,
+            "hidden, weight or bias: requires_grad": sum(wanted),
+        }
         shard = find_shard(process_group, weight.shape[0], flat.device, shared)
     head = Head(
         weight.detach(),
@@ -187,6 +210,8 @@ def linear_sequence_loss(
         max(1, num_groups) if normalizer is None else normalizer,
         entropy,
         budget,
+        filter_tolerance,
+        filter_report,
     )
     loss, *sequences = _SequenceLoss.apply(flat, weight, bias, head, selected, call, wanted)
     return loss, SequenceStats(*sequences)

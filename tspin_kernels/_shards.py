@@ -25,6 +25,10 @@ class Shard:
     V: int
     widest: int
 
+    @property
+    def ranks(self) -> int:
+        return self.group.size()
+
     def merge(
         self, m: Tensor, s: Tensor, u: Tensor | None, target_logit: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
