@@ -35,8 +35,8 @@ from tspin_kernels._blocks import (
 # estimates, for the CPU and for an H200.
 _SHARING = {"cpu": (128, 32)}
 _SHARING_ELSEWHERE = (512, 512)
-# A block chooses between V / 2, V / 4, ... columns.
-_SETS = 8
+# A block chooses between this many numbers of columns, each the last one over the square root of two.
+_SETS = 12
 _WORKSPACE_BYTES = 64 * 2**20
 
 
@@ -94,10 +94,10 @@ def _choose_columns(
     """
     N, V = dlogits.shape
     # At least as many columns as rows, so that every set has room for the targets.
-    counts = sorted({max(N, V >> k) for k in range(1, _SETS + 1)})
+    counts = sorted({max(N, int(V * 2 ** (-k / 2))) for k in range(1, _SETS + 1)})
     if counts[-1] >= V:
         return None
-    share = dlogits.abs() / size.unsqueeze(1)
+    share = (dlogits / size.unsqueeze(1)).abs_()
     mass = share.sum(0).nan_to_num_(0, posinf=0)
     inside = (targets >= 0) & (targets < V)
     mass.scatter_reduce_(0, targets.clamp(0, V - 1), torch.where(inside, torch.inf, 0).to(mass.dtype), "amax")
@@ -153,13 +153,13 @@ def compute_filtered_gradients(
         if chosen is None:
             continue
         fits, columns = chosen
-        rows, dlogits = rows[fits], dlogits[fits]
+        rows = rows[fits]
         is_dense[rows] = False
         report.count(rows.shape[0], columns.shape[0], V)
         operand = hidden.index_select(0, index[rows]).to(dtype)
         dhidden = operand.new_empty(operand.shape, dtype=stats.m.dtype)
         for step, part in enumerate(columns.split(_columns_per_step(hidden.shape[-1]))):
-            kept = dlogits.index_select(1, part).to(dtype)
+            kept = dlogits.index_select(1, part)[fits].to(dtype)
             if grads.hidden is not None:
                 add_product(dhidden, kept, head.weight.index_select(0, part).to(dtype), step == 0, unscale)
             if grads.weight is not None:
