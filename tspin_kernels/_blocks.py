@@ -31,6 +31,10 @@ class RowStats(NamedTuple):
     logprobs: Tensor
     entropy: Tensor | None
 
+    def take(self, index: Tensor) -> "RowStats":
+        entropy = None if self.entropy is None else self.entropy[index]
+        return RowStats(self.m[index], self.log_s[index], self.logprobs[index], entropy)
+
 
 class Upstream(NamedTuple):
     """Gradients of the loss in log-prob, entropy and logsumexp of each row, [N]; None counts as zero."""
@@ -57,14 +61,14 @@ def rows_module(backend: str, device: torch.device) -> ModuleType:
     if backend == "auto" and device.type == "cpu":
         return _rows_torch
     try:
-        import triton
+        from triton import knobs
     except ImportError:
         if backend == "auto":
             return _rows_torch
         raise ValueError(
             "backend: 'triton' is not installed here; pip install triton (Linux), or use backend='torch'"
         ) from None
-    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+    if device.type == "cpu" and not knobs.runtime.interpret:
         raise ValueError(
             "backend: 'triton' wants tensors on a GPU, got cpu; move them, use backend='torch', "
             "or set TRITON_INTERPRET=1 before the import"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tspin_kernels._blocks import Gradients, Head, RowStats, Upstream, compute_gradients, compute_stats, to_front
+from tspin_kernels._blocks import Gradients, Head, Upstream, compute_gradients, compute_stats, to_front
 from tspin_kernels._filter import FilterReport, compute_filtered_gradients, filter_bytes
 from tspin_kernels._inputs import accumulate_dtype
 from tspin_kernels._plan import Blocks, plan_blocks
@@ -190,11 +190,11 @@ def run_groups(
         blocks = Blocks(max(1, n), V) if one_pass else plan_blocks(sizes, call.budget)
         stats = compute_stats(head, hidden, index, targets, blocks, with_entropy, store)
         lengths = rows.lengths[g0:g1]
-        sums = [
-            None if t is None else sum_sequences(t, lengths.reshape(-1)).view(-1, group_size)
-            for t in (stats.logprobs, stats.entropy)
-        ]
-        sequences = SequenceStats(sums[0], sums[1], lengths)
+        logprobs = sum_sequences(stats.logprobs, lengths.reshape(-1)).view(-1, group_size)
+        entropy = None
+        if stats.entropy is not None:
+            entropy = sum_sequences(stats.entropy, lengths.reshape(-1)).view(-1, group_size)
+        sequences = SequenceStats(logprobs, entropy, lengths)
         inputs = [tensor[g0:g1] for tensor in call.group_inputs]
         if not any(wanted):
             parts.append((group_losses(call.loss_fn, sequences, inputs), sequences))
@@ -212,7 +212,7 @@ def run_groups(
             continue
         if places.shape[0] < n:
             index, targets, store = index[places], targets[places], None if store is None else store[: places.shape[0]]
-            stats = RowStats(*(None if t is None else t[places] for t in stats))
+            stats = stats.take(places)
             upstream = Upstream(*(None if t is None else t[places] for t in upstream))
         dhidden = hidden.new_empty(places.shape[0], D, dtype=hidden_dtype) if hidden_gradient else None
         block_grads = Gradients(dhidden, grads.weight, grads.bias)

@@ -108,7 +108,7 @@ def linear_logprobs(
     forward = forward_op if grad_buffer is None else _forward_outside_graphs
     logprobs, row_entropy, logsumexp, *_ = forward(
         hidden.reshape(-1, hidden.shape[-1]),
-        weight,
+        weight,  # pyright: ignore[reportCallIssue]
         bias,
         targets.reshape(-1),
         grad_buffer,
@@ -133,7 +133,9 @@ def linear_logprobs(
     return TokenLogprobs(logprobs.view(targets.shape), row_entropy.view(targets.shape), logsumexp.view(targets.shape))
 
 
-def product_dtypes(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None, backend: str) -> list[torch.dtype]:
+def product_dtypes(
+    hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | None, backend: str
+) -> tuple[torch.dtype, torch.dtype]:
     """Dtypes of the operands of a product and of its result. Raises ValueError where a backend cannot."""
     operand = compute_dtype(hidden, weight)
     result = operand if logits_dtype is None else logits_dtype
@@ -143,7 +145,7 @@ def product_dtypes(hidden: Tensor, weight: Tensor, logits_dtype: torch.dtype | N
         raise ValueError(
             "hidden: want float16, bfloat16 or float32 with backend='triton', got float64; use backend='torch'"
         )
-    return [operand, result]
+    return operand, result
 
 
 def refuse_with_reference(**options: object) -> None:

@@ -231,7 +231,8 @@ def linear_tspin_loss(
 ) -> tuple[Tensor, SequenceStats]:
     """`linear_sequence_loss` with `tspin_loss`: groups are triplets whose members are real, synthetic and proto, in this order.
 
-    `options` are those of `linear_sequence_loss`; `group_size=2`, without proto, is for beta=0.
+    `options` are those of `linear_sequence_loss`, among them `filter_tolerance`, `filter_report` and `process_group`;
+    `group_size=2`, without proto, is for beta=0.
     """
     group_size = options.pop("group_size", 3)
     if group_size not in (2, 3) or (group_size == 2 and beta != 0):
@@ -242,4 +243,13 @@ def linear_tspin_loss(
     def loss_fn(sequences: SequenceStats) -> Tensor:
         return tspin_loss(*sequences.logprobs.unbind(1), alpha=alpha, beta=beta, loss_type=loss_type)
 
-    return linear_sequence_loss(hidden, weight, targets, sequence_ids, loss_fn, bias, group_size=group_size, **options)
+    return linear_sequence_loss(
+        hidden,
+        weight,  # pyright: ignore[reportCallIssue]
+        targets,
+        sequence_ids,
+        loss_fn,
+        bias,
+        group_size=group_size,
+        **options,
+    )

@@ -31,7 +31,7 @@ def _head(
     bias = None if bias is None else bias.contiguous()
     shard = None
     if group:
-        process_group = distributed_c10d._resolve_process_group(group)
+        process_group = distributed_c10d._resolve_process_group(group)  # pyright: ignore
         shard = find_shard(process_group, weight.shape[0], hidden.device, shared)
     return Head(weight, bias, transform, operand_dtype, logits_dtype, rows_module(backend, hidden.device), shard)
 
@@ -183,7 +183,7 @@ def _gradients(
 
     counted = targets.contiguous() if index is None else targets[index]
     N = counted.shape[0]
-    stats = RowStats(pick(m), pick(log_s), m, pick(entropy) if dentropy is not None else None)
+    stats = RowStats(pick(m), pick(log_s), m, pick(entropy) if dentropy is not None else None)  # pyright: ignore[reportArgumentType]
     upstream = Upstream(pick(dlogprobs), pick(dentropy), pick(dlogsumexp))
     dtypes = _gradient_dtypes(hidden, weight, grad_buffer, operand_dtype, wanted, group)
     dhidden = hidden.new_empty(N, hidden.shape[1], dtype=dtypes[0]) if wanted[0] else None

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 import tspin_kernels
-from tspin_kernels import linear_logprobs, linear_sequence_loss
+from tspin_kernels import FilterReport, linear_logprobs, linear_sequence_loss
 
 from .conftest import FUSED
 from .oracle import assert_within_budget, evaluate, logit_rounding, make_case, plain_logprobs, plain_sequence_loss
@@ -91,6 +91,7 @@ GROUPS = {
     "empty": (without(make_sequences(3, 4, V=V, seed=2), 0, 4, 9, 10, 11), tspin, {}),
     "shared_rows": (shared_rows(), tspin, {}),
     "zeros": (with_zeros(), weighted, {}),
+    "filtered": (make_sequences(3, 4, V=V, seed=2, bias=False), tspin, {"filter_tolerance": 1e-7}),
     "zeros_in_blocks": (with_zeros(), weighted, {"memory_budget": 5000}),
     "bfloat16": (make_sequences(3, 4, V=V, seed=2, dtype=torch.bfloat16, spread=1.0), tspin, {}),
 }
@@ -149,11 +150,33 @@ def compiled(rank):
     return evaluate(lambda *args: op(*args), case)
 
 
+def filtered(rank):
+    """Rows of which each rank could drop up to half of the tolerance, or no less than three quarters; how many were dense."""
+    found = []
+    for share in (0.4, 2.5):
+        z = torch.zeros(40, 400, dtype=torch.float64)
+        z[:, 0] = math.log(400 / (2 * share * 0.01))
+        case = [torch.eye(40, dtype=torch.float64), z.T[200 * rank : 200 * rank + 200].contiguous().requires_grad_()]
+        report = FilterReport()
+        linear_sequence_loss(
+            *case,
+            torch.zeros(40, dtype=torch.int64),
+            torch.arange(40),
+            lambda s: s.logprobs[:, 0],
+            group_size=1,
+            process_group=dist.group.WORLD,
+            filter_tolerance=0.01,
+            filter_report=report,
+        )
+        found.append((report.rows, report.dense_rows))
+    return found
+
+
 def main(directory):
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     results = {key: seen(*key, rank) for key in KEYS}
-    results |= {"refusals": refusals(rank), "compiled": compiled(rank)}
+    results |= {"refusals": refusals(rank), "compiled": compiled(rank), "filtered": filtered(rank)}
     torch.save(results, f"{directory}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -246,6 +269,11 @@ def test_under_the_compiler(ranks):
 def test_ranks_that_disagree_all_raise(ranks, call, message):
     for rank in ranks:
         assert re.search(message, rank["refusals"][call]), rank["refusals"][call]
+
+
+def test_what_all_ranks_drop_together_is_within_the_tolerance(ranks):
+    for rank in ranks:
+        assert rank["filtered"] == [(40, 0), (40, 40)]
 
 
 def test_the_reference_has_no_process_group():
