@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.reference import BETA
 from benchmarks.workloads import Case, Workload
-from tspin_kernels import linear_logprobs, linear_tspin_loss
+from tspin_kernels import FilterReport, linear_logprobs, linear_tspin_loss
 
 BOTH = ("forward", "forward+backward")
 
@@ -31,6 +31,7 @@ class Result(NamedTuple):
     entropy: Tensor | None
     roots: tuple[Tensor, ...]
     upstream: tuple[Tensor | None, ...]
+    kept_fraction: float | None = None  # of the backward's products, where columns were filtered
 
 
 Call = Callable[[Tensor, Tensor, Workload], Result]
@@ -51,6 +52,7 @@ class Implementation:
     frozen_head: bool = False
     wide: bool = False
     memory_budget: Callable[[Workload], int] | None = None
+    filter_tolerance: float | None = None
 
     @property
     def key(self) -> str:
@@ -65,7 +67,10 @@ class Implementation:
         """Import what it needs. Raises ImportError and whatever else keeps a peer from running here."""
         if self.plan is None:
             return self.load(workload)
-        options = {"memory_budget": self.budget(workload), "logits_dtype": torch.float32 if self.wide else None}
+        options: dict[str, Any] = {"memory_budget": self.budget(workload)}
+        options["logits_dtype"] = torch.float32 if self.wide else None
+        if self.filter_tolerance is not None:
+            options["filter_tolerance"] = self.filter_tolerance
         return self.load(workload, options)
 
 
@@ -216,6 +221,12 @@ def wide_store_budget(workload: Workload) -> int:
     return store_budget(workload) + workload.case.logits_bytes * (4 // workload.case.dtype.itemsize - 1)
 
 
+def filtered_budget(workload: Workload) -> int:
+    """`store_budget`, the blocks of rows that choose columns together, and dweight in float32."""
+    case = workload.case
+    return store_budget(workload) + case.V * (512 * (2 * case.dtype.itemsize + 4) + 4 * case.D + 128) + 2**28
+
+
 def _load_tspin_tokens(_: Workload, options: dict[str, Any]) -> Call:
     def call(hidden: Tensor, weight: Tensor, w: Workload) -> Result:
         found = linear_logprobs(hidden, weight, w.targets, ignore_index=None, **options)
@@ -229,8 +240,12 @@ def _load_tspin_loss(workload: Workload, options: dict[str, Any]) -> Call:
     loss_options = {"alpha": workload.alpha, "beta": BETA, "num_groups": workload.num_groups, "ignore_index": None}
 
     def call(hidden: Tensor, weight: Tensor, w: Workload) -> Result:
-        loss, found = linear_tspin_loss(hidden, weight, w.targets, w.sequence_ids, **loss_options, **options)
-        return Result(found.logprobs / found.lengths, None, (loss,), (None,))
+        report = FilterReport() if "filter_tolerance" in options else None
+        loss, found = linear_tspin_loss(
+            hidden, weight, w.targets, w.sequence_ids, **loss_options, **options, filter_report=report
+        )
+        logprobs = found.logprobs / found.lengths
+        return Result(logprobs, None, (loss,), (None,), None if report is None else report.kept_fraction)
 
     return call
 
@@ -310,11 +325,13 @@ IMPLEMENTATIONS = (
             frozen_head=flops == 4,
             wide=wide,
             memory_budget=budget,
+            filter_tolerance=tolerance,
         )
-        for plan, flops, wide, budget in (
-            ("loss", 6, False, store_budget),
-            ("loss", 6, True, wide_store_budget),
-            ("loss_frozen_head", 4, False, store_budget),
+        for plan, flops, wide, budget, tolerance in (
+            ("loss", 6, False, store_budget, None),
+            ("loss", 6, True, wide_store_budget, None),
+            ("loss_frozen_head", 4, False, store_budget, None),
+            ("loss_filtered", 6, False, filtered_budget, 1e-3),
         )
     ),
 )

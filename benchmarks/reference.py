@@ -7,6 +7,7 @@ With z the logits, p their softmax and H its entropy, upstream gradients g of th
 `dz = g (1[y] - p) - h p (ln p + H)`, `dhidden = dz weight`, `dweight = dz^T hidden`.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -149,6 +150,22 @@ def gradient_errors(exact: Gradients, got: tuple[Tensor | None, Tensor | None]) 
         size = torch.cat([truth[rows].square().sum(1) for rows in blocks])
         errors[name] = (wrong.sum() / size.sum()).sqrt().item()
         errors[f"{name}_row"] = (wrong.max() / size.mean()).sqrt().item()
+    return errors
+
+
+def certified_errors(exact: Gradients, upstream: Tensor, workload: Workload, tolerance: float) -> dict[str, float]:
+    """What column filtering within `tolerance` may add to each of `gradient_errors`, by its documented bounds."""
+    e = tolerance * upstream.abs().double()
+    longest = workload.weight.float().norm(dim=1).max().item()
+    spread = (e * workload.hidden.float().norm(dim=1)).sum().item()
+    errors = {}
+    for name, truth, norm, row in (
+        ("dhidden", exact.hidden, e.norm().item() * longest, e.max().item() * longest),
+        ("dweight", exact.weight, spread, spread),
+    ):
+        size = truth.norm().item()
+        errors[name] = norm / size
+        errors[f"{name}_row"] = row * math.sqrt(truth.shape[0]) / size
     return errors
 
 

@@ -106,7 +106,7 @@ def _summary_line(row: Row, naive: Row) -> str:
     small = row["D"] < _SMALL_D and row["plan"] == "recompute"
     parts = [
         f"{row['ms']:8.2f} ms",
-        ratio(row["ms"], row["floor_ms"], "floor", _SMALL_D_GOAL if small else FLOOR_GOALS[row["plan"]]),
+        ratio(row["ms"], row["floor_ms"], "floor", _SMALL_D_GOAL if small else FLOOR_GOALS.get(row["plan"])),
         ratio(row["ms"], naive.get("ms"), "naive"),
         f"{row['extra_mib']:7.0f} MiB",
         ratio(row["extra_mib"], naive.get("extra_mib"), "naive"),

@@ -77,6 +77,15 @@ CASES = (
         Case(f"cpu-n512-d256-v{V}", 512, 256, V, ("cpu-sweep",), torch.float32, implementations=_LEAN)
         for V in (8000, 128000)
     ),
+    Case(
+        "cpu-n1024-d128-v32000",
+        1024,
+        128,
+        32000,
+        ("cpu-filter",),
+        torch.float32,
+        implementations=("naive", "tspin:loss", "tspin:loss_filtered"),
+    ),
     Case("tiny", 96, 32, 500, ("tiny",), torch.float32),
 )
 

@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "tspin_kernels"
 PLAIN, TRITON, BLOCKS = "_rows_torch.py", "_rows_triton.py", "_blocks.py"
+RUN, OPS, SHARDS, FILTER = "_groups.py", "_token_ops.py", "_shards.py", "_filter.py"
 TOKENS, GROUPS, SUMS = "_linear_logprobs.py", "_sequence_loss.py", "_sequences.py"
 VALUES = "test_linear_logprobs.py test_properties.py test_inputs_and_masks.py"
 SEQUENCES = "test_sequence_loss.py test_sequence_layout.py"
@@ -57,13 +58,13 @@ MUTATIONS = [
     # 2. Uniform upstream
     Mutation(
         "2 upstream[0] for every token",
-        TOKENS,
+        OPS,
         "Upstream(pick(dlogprobs), pick(dentropy), pick(dlogsumexp))",
         "Upstream(*(None if d is None else pick(d)[:1].repeat(N) for d in (dlogprobs, dentropy, dlogsumexp)))",
     ),
     Mutation(
         "2 coefficient of the first sequence for all",
-        GROUPS,
+        RUN,
         ".reshape(-1)[local]",
         ".reshape(-1)[local * 0]",
         SEQUENCES,
@@ -88,25 +89,25 @@ MUTATIONS = [
         ),
     ),
     # 5. Entropy gradient
-    Mutation("5 entropy gradient dropped", TOKENS, "pick(dentropy), pick(dlogsumexp))", "None, pick(dlogsumexp))"),
+    Mutation("5 entropy gradient dropped", OPS, "pick(dentropy), pick(dlogsumexp))", "None, pick(dlogsumexp))"),
     Mutation(
-        "5 entropy gradient dropped from the loss", GROUPS, "grads[1] if len(grads) > 1 else None", "None", SEQUENCES
+        "5 entropy gradient dropped from the loss", RUN, "grads[1] if len(grads) > 1 else None", "None", SEQUENCES
     ),
     Mutation("5 H missing from the entropy gradient", PLAIN, ".add_(entropy[tile].unsqueeze(1))", "", only="torch-cpu"),
     Mutation(
         "5 entropy gradient under entropy='value'",
-        GROUPS,
+        RUN,
         ".requires_grad_(entropy_grad)",
         ".requires_grad_()",
         SEQUENCES,
     ),
-    Mutation("5 gradient of logsumexp dropped", TOKENS, "pick(dentropy), pick(dlogsumexp))", "pick(dentropy), None)"),
+    Mutation("5 gradient of logsumexp dropped", OPS, "pick(dentropy), pick(dlogsumexp))", "pick(dentropy), None)"),
     # 6. Offsets
     Mutation("6 int32 row offsets", TRITON, "tl.program_id(0).to(tl.int64)", "tl.program_id(0)", "test_offsets.py"),
     # 7. Strides
     Mutation(
         "7 stride-0 upstream misread",
-        TOKENS,
+        OPS,
         "values.contiguous() if index is None",
         "values if index is None",
         only="triton",
@@ -114,21 +115,24 @@ MUTATIONS = [
     # 8. Ignored rows
     Mutation(
         "8 outputs of ignored rows left uninitialised",
-        TOKENS,
+        OPS,
         "values.new_zeros(targets.shape)",
         "values.new_full(targets.shape, 7.0)",
     ),
     Mutation(
         "8 gradients of ignored rows left uninitialised",
-        TOKENS,
+        OPS,
         "torch.zeros_like(hidden,",
         "torch.full_like(hidden, 7.0,",
     ),
-    Mutation(
-        "8 gradients of an empty call left uninitialised", TOKENS, "gradient.zero_()", "gradient.fill_(torch.nan)"
-    ),
+    Mutation("8 gradients of an empty call left uninitialised", OPS, "gradient.zero_()", "gradient.fill_(torch.nan)"),
     # 9. Bias and frozen heads
-    Mutation("9 bias gradient of the last block of tokens only", BLOCKS, "if fresh and r0 == 0 else", "if True else"),
+    Mutation(
+        "9 bias gradient of the last block of tokens only",
+        BLOCKS,
+        "grads.bias[c0:c1] += column_sums",
+        "grads.bias[c0:c1] = column_sums",
+    ),
     Mutation("9 bias left out of the logits", PLAIN, "z = z + bias.to(dtype)", "pass", only="torch-cpu"),
     Mutation("9 bias gradient ignores the softcap", BLOCKS, "dlogits.sum(0, dtype", "dlogits.neg().sum(0, dtype"),
     Mutation("9 dW of a frozen head computed", TOKENS, "grad and weight.requires_grad", "grad", "test_memory.py"),
@@ -156,16 +160,16 @@ MUTATIONS = [
     # 11. The compiler
     Mutation(
         "11 fake result in the wrong dtype",
-        TOKENS,
-        "dtype=accumulate_dtype(operand_dtype))\n    stores",
-        "dtype=torch.float64)\n    stores",
+        OPS,
+        "row = hidden.new_empty(targets.shape, dtype=accumulate_dtype(operand_dtype))",
+        "row = hidden.new_empty(targets.shape, dtype=torch.float64)",
         "test_compile.py",
     ),
     Mutation(
         "11 in-place backward hides what it mutates",
-        TOKENS,
-        '(True, "_", ("products",))',
-        '(True, "_", ())',
+        OPS,
+        '(True, "_", ("products", "grad_buffer"))',
+        '(True, "_", ("grad_buffer",))',
         "test_autograd.py test_compile.py",
     ),
     # 12. -inf logits
@@ -258,7 +262,13 @@ MUTATIONS = [
         "part.weight.to(head.compute_dtype), True,",
     ),
     Mutation("dweight of the last token block only", BLOCKS, "r0 == 0 and (fresh or total is not out)", "True"),
-    Mutation("targets not checked", TOKENS, "    check_targets_in_range(counted, head.V)\n", "", "test_bad_input.py"),
+    Mutation(
+        "targets not checked",
+        OPS,
+        "    check_targets_in_range(counted, head.V if head.shard is None else head.shard.V)\n",
+        "",
+        "test_bad_input.py",
+    ),
     # Autograd
     Mutation(
         "work under no_grad", TOKENS, "grad = torch.is_grad_enabled()", "grad = True", "test_memory.py test_autograd.py"
@@ -288,20 +298,20 @@ MUTATIONS = [
     # Sequences and groups
     Mutation(
         "rows taken in the order they come",
-        GROUPS,
+        RUN,
         "torch.sort(ids, stable=True).indices",
         "torch.arange(len(ids), device=ids.device)",
         SEQUENCES,
     ),
-    Mutation("group inputs not sliced", GROUPS, "tensor[g0:g1] for tensor", "tensor[: g1 - g0] for tensor", SEQUENCES),
-    Mutation("shared hidden rows overwrite each other", GROUPS, "accumulate=True", "accumulate=False", SEQUENCES),
-    Mutation("captured tensor accepted", GROUPS, "        _refuse_captured(losses, leaves)\n", "", "test_bad_input.py"),
+    Mutation("group inputs not sliced", RUN, "tensor[g0:g1] for tensor", "tensor[: g1 - g0] for tensor", SEQUENCES),
+    Mutation("shared hidden rows overwrite each other", RUN, "accumulate=True", "accumulate=False", SEQUENCES),
+    Mutation("captured tensor accepted", RUN, "        _refuse_captured(losses, leaves)\n", "", "test_bad_input.py"),
     Mutation(
         "loss of another shape broadcast", SUMS, "tuple(losses.shape) != (groups,)", "False", "test_bad_input.py", ""
     ),
     Mutation(
         "statistics of a block's groups shifted",
-        GROUPS,
+        RUN,
         "rows.ids[block] - g0 * group_size",
         "rows.ids[block] % group_size",
         SEQUENCES,
@@ -312,6 +322,140 @@ MUTATIONS = [
         "if sizes.total(rows, sizes.V) <= budget:",
         "if True:",
         "test_memory.py test_bad_input.py",
+    ),
+    # Zero coefficients, grad_buffer, process_group
+    Mutation("skip: zero of the log-prob alone is enough", RUN, ".any(0)", "[0]", "test_zero_coefficients.py"),
+    Mutation("skip: nan is zero", RUN, "gradient != 0 for", "gradient.abs() > 0 for", "test_zero_coefficients.py"),
+    Mutation(
+        "skip: nothing is skipped", RUN, "gradient != 0 for", "gradient == gradient for", "test_zero_coefficients.py"
+    ),
+    Mutation(
+        "skip: rows are not moved",
+        BLOCKS,
+        "store.index_copy_(0, into",
+        "store.index_copy(0, into",
+        "test_zero_coefficients.py",
+    ),
+    Mutation(
+        "skip: targets stay behind",
+        RUN,
+        "index[places], targets[places]",
+        "index[places], targets[: len(places)]",
+        "test_zero_coefficients.py",
+    ),
+    Mutation("grad_buffer overwritten", OPS, "fresh=new_weight_gradient", "fresh=True", "test_grad_buffer.py"),
+    Mutation(
+        "grad_buffer and autograd both get it",
+        OPS,
+        "new_weight_gradient = wanted[1] and grad_buffer is None",
+        "new_weight_gradient = wanted[1]",
+        "test_grad_buffer.py",
+    ),
+    Mutation(
+        "grad_buffer: a shape that broadcasts",
+        "_linear_logprobs.py",
+        "grad_buffer.shape != weight.shape",
+        "grad_buffer.dim() != weight.dim()",
+        "test_grad_buffer.py",
+    ),
+    Mutation(
+        "ranks: target offset forgotten",
+        BLOCKS,
+        "0 if self.shard is None else self.shard.start",
+        "0",
+        "test_process_group.py",
+    ),
+    Mutation(
+        "ranks: entropy merged without its shift",
+        SHARDS,
+        "us[0] + moved.masked_fill(ms == -torch.inf, 0) * ss",
+        "us[0]",
+        "test_process_group.py",
+    ),
+    Mutation(
+        "ranks: a rank of -inf alone is nan",
+        SHARDS,
+        "moved.masked_fill(ms == -torch.inf, 0)",
+        "moved",
+        "test_process_group.py",
+    ),
+    Mutation("ranks: sums merged without decay", SHARDS, "(decay * ss).sum(0)", "ss.sum(0)", "test_process_group.py"),
+    Mutation(
+        "ranks: dhidden of the loss not summed",
+        RUN,
+        "dhidden if head.shard is None else head.shard.sum_(dhidden)",
+        "dhidden",
+        "test_process_group.py",
+    ),
+    Mutation(
+        "ranks: dhidden of the tokens not summed",
+        OPS,
+        "            head.shard.sum_(dhidden)",
+        "            pass",
+        "test_process_group.py",
+    ),
+    Mutation(
+        "ranks: uneven shards cut evenly", SHARDS, "sum(widths[:rank])", "rank * columns", "test_process_group.py"
+    ),
+    # Column filtering
+    Mutation("filter: nothing is looked at", FILTER, "<= limit\n", "<= limit + 9\n", "test_filter.py"),
+    Mutation(
+        "filter: threshold on single columns",
+        FILTER,
+        "share @ is_dropped.to(share.dtype)",
+        "(share[:, :, None] * is_dropped).amax(1)",
+        "test_filter.py",
+    ),
+    Mutation(
+        "filter: tolerance relative to one",
+        FILTER,
+        "dlogits / size.unsqueeze(1)",
+        "dlogits + 0 * size.unsqueeze(1)",
+        "test_filter.py",
+    ),
+    Mutation("filter: temperature forgotten", FILTER, " / head.transform.temperature", "", "test_filter.py"),
+    Mutation(
+        "filter: entropy's coefficient forgotten",
+        FILTER,
+        "for gradient in upstream if gradient is not None]).sum(0)",
+        "for gradient in upstream[:1]]).sum(0)",
+        "test_filter.py",
+    ),
+    Mutation(
+        "filter: targets not kept", FILTER, "torch.inf, 0).to(mass.dtype)", "0.0, 0).to(mass.dtype)", "test_filter.py"
+    ),
+    Mutation(
+        "filter: dense rows left out",
+        FILTER,
+        "store[: places.shape[0]]",
+        "0 * store[: places.shape[0]]",
+        "test_filter.py",
+    ),
+    Mutation(
+        "filter: dense rows' products of others",
+        FILTER,
+        "to_front(is_dense, store)",
+        "to_front(is_dense, None)",
+        "test_filter.py",
+    ),
+    Mutation("filter: bias' gradient left out", FILTER, "grads.bias.add_(", "grads.bias.add(", "test_filter.py"),
+    Mutation(
+        "filter: float16 not scaled back",
+        FILTER,
+        "product if unscale is None else product * unscale",
+        "product",
+        "test_filter.py",
+    ),
+    Mutation(
+        "filter: each step of columns overwrites", FILTER, "step == 0, unscale", "True, unscale", "test_filter.py"
+    ),
+    Mutation("filter: every rank drops the whole tolerance", FILTER, " / ranks\n", "\n", "test_process_group.py"),
+    Mutation(
+        "filter: the report counts dense rows as filtered",
+        FILTER,
+        "report.count(places.shape[0], V, V)",
+        "pass",
+        "test_filter.py",
     ),
 ]
 

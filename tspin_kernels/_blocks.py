@@ -16,6 +16,7 @@ from torch import Tensor
 from tspin_kernels import _rows_torch
 from tspin_kernels._inputs import LogitTransform, accumulate_dtype
 from tspin_kernels._plan import Blocks, Sizes
+from tspin_kernels._shards import Shard
 
 _NARROW = (torch.float16, torch.bfloat16)
 # A product on its way into a wider sum is made in slices of at most this.
@@ -29,6 +30,10 @@ class RowStats(NamedTuple):
     log_s: Tensor
     logprobs: Tensor
     entropy: Tensor | None
+
+    def take(self, index: Tensor) -> "RowStats":
+        entropy = None if self.entropy is None else self.entropy[index]
+        return RowStats(self.m[index], self.log_s[index], self.logprobs[index], entropy)
 
 
 class Upstream(NamedTuple):
@@ -56,14 +61,14 @@ def rows_module(backend: str, device: torch.device) -> ModuleType:
     if backend == "auto" and device.type == "cpu":
         return _rows_torch
     try:
-        import triton
+        from triton import knobs
     except ImportError:
         if backend == "auto":
             return _rows_torch
         raise ValueError(
             "backend: 'triton' is not installed here; pip install triton (Linux), or use backend='torch'"
         ) from None
-    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+    if device.type == "cpu" and not knobs.runtime.interpret:
         raise ValueError(
             "backend: 'triton' wants tensors on a GPU, got cpu; move them, use backend='torch', "
             "or set TRITON_INTERPRET=1 before the import"
@@ -83,32 +88,50 @@ class Head:
     compute_dtype: torch.dtype
     logits_dtype: torch.dtype
     rows: ModuleType
+    shard: Shard | None = None  # where the weight holds only some of the vocabulary
 
     @property
     def V(self) -> int:
         return self.weight.shape[0]
 
+    @property
+    def start(self) -> int:
+        """The token id of the weight's first row."""
+        return 0 if self.shard is None else self.shard.start
+
+    @property
+    def widest(self) -> int:
+        """V, or the most that a rank has: what plans are made for, so that all ranks make the same."""
+        return self.V if self.shard is None else self.shard.widest
+
     def columns(self, start: int, stop: int) -> "Head":
         return replace(self, weight=self.weight[start:stop], bias=None if self.bias is None else self.bias[start:stop])
 
-    def sizes(self, N: int, hidden: Tensor, gathered: bool, dhidden: bool = False, dweight: bool = False) -> Sizes:
-        """What the planner asks of a call with N rows taken from `hidden`, `gathered` by an index or not, and its gradients."""
+    def sizes(
+        self,
+        N: int,
+        hidden: Tensor,
+        gathered: bool,
+        dhidden: torch.dtype | None = None,
+        dweight: torch.dtype | None = None,
+    ) -> Sizes:
+        """What the planner asks of N rows of `hidden`, `gathered` by an index or not, and the dtypes of the gradients."""
         D, narrow = self.weight.shape[1], self.compute_dtype in _NARROW
         on_cpu = hidden.device.type == "cpu"
 
-        def how(wanted: bool, dtype: torch.dtype) -> str | None:
-            return None if not wanted else "narrow" if dtype in _NARROW else "wide" if narrow else "direct"
+        def how(dtype: torch.dtype | None) -> str | None:
+            return None if dtype is None else "narrow" if dtype in _NARROW else "wide" if narrow else "direct"
 
         # The CPU has no product of narrow operands with a wide result: it widens them first.
         wide_copy = 4 if on_cpu and narrow else 0
         copied = self.compute_dtype.itemsize
         return Sizes(
             N,
-            self.V,
+            self.widest,
             D,
             self.logits_dtype.itemsize + wide_copy,
-            how(dhidden, hidden.dtype),
-            how(dweight, self.weight.dtype),
+            how(dhidden),
+            how(dweight),
             always_sum=self.compute_dtype == torch.float16,
             row_bytes=D * (wide_copy + (copied if gathered or hidden.dtype != self.compute_dtype else 0)),
             col_bytes=D * (wide_copy + (copied if self.weight.dtype != self.compute_dtype else 0)),
@@ -120,10 +143,11 @@ class Head:
         if out.dtype == self.compute_dtype:
             torch.mm(a, b, out=out)
         else:
-            out.copy_(_wide_product(a, b))
+            out.copy_(wide_product(a, b))
 
 
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 or wider, as it is accumulated."""
     if a.dtype in (torch.float32, torch.float64):
         return torch.mm(a, b)
     if a.device.type == "cpu":
@@ -131,13 +155,13 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool, unscale: Tensor | None) -> None:
-    # out (+)= a @ b * unscale. A sum over several products is always in float32 or wider.
+def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool, unscale: Tensor | None) -> None:
+    """out (+)= a @ b * unscale; `first` overwrites. A sum over several products is always in float32 or wider."""
     if out.dtype == a.dtype and unscale is None:
         torch.mm(a, b, out=out) if first else out.addmm_(a, b)
         return
     for start, stop in _steps(a.shape[0], max(1, _PRODUCT_BYTES // (4 * b.shape[1]))):
-        product = _wide_product(a[start:stop], b)
+        product = wide_product(a[start:stop], b)
         if unscale is not None:
             product.mul_(unscale)
         out[start:stop].copy_(product) if first else out[start:stop].add_(product)
@@ -166,8 +190,9 @@ class _Buffer:
         return self.memory[: (r1 - r0) * (c1 - c0)].view(r1 - r0, c1 - c0)
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    # The engine chooses the dtype of each product; autocast would round what it widens.
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For what chooses the dtype of each product itself; autocast would round what it widens."""
+
     @wraps(function)
     def wrapped(head: Head, hidden: Tensor, *args: Any, **options: Any) -> Any:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -176,7 +201,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-@_without_autocast
+@without_autocast
 def compute_stats(
     head: Head,
     hidden: Tensor,
@@ -187,7 +212,7 @@ def compute_stats(
     store: Tensor | None = None,
 ) -> RowStats:
     """Statistics of the rows `hidden[index]` against `targets` [N]. `store` [N, V] keeps the products for `compute_gradients`."""
-    N = targets.shape[0]
+    N, targets = targets.shape[0], targets - head.start
     m = torch.full((N,), -torch.inf, dtype=accumulate_dtype(head.compute_dtype), device=hidden.device)
     s = torch.zeros_like(m)
     u = torch.zeros_like(m) if with_entropy else None
@@ -210,11 +235,13 @@ def compute_stats(
                 target_logit[r0:r1],
                 head.transform,
             )
+    if head.shard is not None:
+        m, s, u, target_logit = head.shard.merge(m, s, u, target_logit, targets)
     log_s = s.log()
     return RowStats(m, log_s, (target_logit - m) - log_s, None if u is None else log_s - u / s)
 
 
-@_without_autocast
+@without_autocast
 def compute_gradients(
     head: Head,
     hidden: Tensor,
@@ -227,15 +254,15 @@ def compute_gradients(
     fresh: bool = True,
     store: Tensor | None = None,
 ) -> None:
-    """Write into `grads` the gradients of the rows `hidden[index]`; not `fresh`: add those of weight and bias, in float32.
+    """Write into `grads` the gradients of the rows `hidden[index]`; not `fresh`: add that of the weight. The bias' is always added.
 
     Row i of `grads.hidden` [N, D] belongs to `hidden[index[i]]` and is always written. `store` holds the products kept by
     `compute_stats` and is destroyed; without it they are made again.
     """
-    N = targets.shape[0]
+    N, targets = targets.shape[0], targets - head.start
     unscale = None
     if head.compute_dtype == torch.float16:
-        upstream, unscale = _rescale(upstream)
+        upstream, unscale = rescale(upstream)
     row_steps, col_steps = _steps(N, blocks.rows), _steps(head.V, blocks.cols)
     if blocks.tokens_inner:
         order = [(row, col) for col in col_steps for row in row_steps]
@@ -273,7 +300,7 @@ def compute_gradients(
             total = (
                 out if dhidden_sum is None else dhidden_sum[r0:r1] if blocks.tokens_inner else dhidden_sum[: r1 - r0]
             )
-            _add_product(total, dlogits, part.weight.to(head.compute_dtype), c0 == 0, unscale)
+            add_product(total, dlogits, part.weight.to(head.compute_dtype), c0 == 0, unscale)
             if total is not out and c1 == head.V:
                 out.copy_(total)
         if grads.weight is not None:
@@ -281,20 +308,39 @@ def compute_gradients(
             total = (
                 out if dweight_sum is None else dweight_sum[: c1 - c0] if blocks.tokens_inner else dweight_sum[c0:c1]
             )
-            _add_product(total, dlogits.T, rows, r0 == 0 and (fresh or total is not out), unscale)
+            add_product(total, dlogits.T, rows, r0 == 0 and (fresh or total is not out), unscale)
             if total is not out and r1 == N:
-                assert fresh
-                out.copy_(total)
+                out.copy_(total) if fresh else out.add_(total)
         if grads.bias is not None:
             column_sums = dlogits.sum(0, dtype=grads.bias.dtype)
             if unscale is not None:
                 column_sums *= unscale
-            grads.bias[c0:c1] = column_sums if fresh and r0 == 0 else grads.bias[c0:c1] + column_sums
+            grads.bias[c0:c1] += column_sums
 
 
-def _rescale(upstream: Upstream) -> tuple[Upstream, Tensor]:
-    # A power of two that brings the largest upstream gradient near one, where float16 keeps its digits, and its inverse.
+def rescale(upstream: Upstream) -> tuple[Upstream, Tensor]:
+    """Times a power of two that brings the largest near one, where float16 keeps its digits; and the inverse of that power."""
     largest = torch.stack([g.abs().max() for g in upstream if g is not None]).max()
     exponent = torch.where(largest > 0, torch.frexp(largest)[1], 0).clamp(-120, 120)
     scale = torch.ldexp(torch.ones_like(largest), -exponent)
     return Upstream(*(None if g is None else g * scale for g in upstream)), 1 / scale
+
+
+def to_front(kept: Tensor, store: Tensor | None) -> Tensor:
+    """Places of the rows that `kept` [N] marks, in the order in which they then stand at the front of `store` [N, V].
+
+    A row from the back takes the place of one at the front that is left out: to leave a row out costs at most one copied
+    row, as much as its dlogits would have; gathering would copy all that stay.
+    """
+    places = kept.nonzero().squeeze(1)
+    count = places.shape[0]
+    holes = (~kept[:count]).nonzero().squeeze(1)
+    moved = places[count - holes.shape[0] :]
+    order = torch.arange(count, device=kept.device)
+    order[holes] = moved
+    if store is not None and holes.shape[0]:
+        # In steps, so that the copy in flight is small beside the store.
+        step = -(-holes.shape[0] // 16)
+        for into, origin in zip(holes.split(step), moved.split(step), strict=True):
+            store.index_copy_(0, into, store.index_select(0, origin))
+    return order

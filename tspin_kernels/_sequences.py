@@ -98,4 +98,6 @@ def sequence_loss(
         per_sequence(logprobs), None if entropy is None else per_sequence(entropy), lengths.view(num_groups, group_size)
     )
     loss = normalize(group_losses(loss_fn, stats, group_inputs).sum(), normalizer, num_groups)
-    return loss, SequenceStats(*(None if t is None else t.detach() for t in stats))
+    return loss, SequenceStats(
+        stats.logprobs.detach(), None if stats.entropy is None else stats.entropy.detach(), stats.lengths
+    )

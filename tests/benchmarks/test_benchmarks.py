@@ -14,7 +14,7 @@ from benchmarks.workloads import Case, make_workload, mean_entropy, select_cases
 
 CPU = torch.device("cpu")
 TINY = select_cases("tiny")[0]
-OURS = {"recompute", "store", "loss", "loss_frozen_head", "infer"}
+OURS = {"recompute", "store", "loss", "loss_frozen_head", "loss_filtered", "infer"}
 
 
 def pick(*keys: str) -> list[peers.Implementation]:

@@ -1,8 +1,10 @@
-"""Compiles every Triton kernel for one target and prints what each spills, as JSON; no GPU needed.
+"""Compiles every Triton kernel for one target and prints what each spills and shares, in bytes, as JSON; no GPU needed.
 
-Run by test_compile_targets.py in a process of its own: `python compile_kernels.py '["cuda", 90, 32]'`.
+Run by test_compile_targets.py in a process of its own: `python compile_kernels.py '["cuda", 90, 32]'`; with `all` behind it,
+for every combination of flags and dtypes that the launcher can produce.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -18,26 +20,35 @@ from triton.runtime.jit import JITFunction
 from tspin_kernels import _rows_triton as rows
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# dtype of the logits, dtype of the bias, every flag on or off, columns of a block of logits
+# dtype of the logits, dtype of the bias, flags as bits, columns of a block of logits: all, none, and some mixtures
 CASES = [
-    ("bf16", "bf16", True, 200_000),
-    ("bf16", "bf16", False, 200_000),
-    ("fp32", "bf16", True, 200_000),
-    ("fp16", "fp32", True, 100),
+    ("bf16", "bf16", 0b11111, 200_000),
+    ("bf16", "bf16", 0b00000, 200_000),
+    ("fp32", "bf16", 0b10101, 200_000),
+    ("fp16", "fp32", 0b01010, 100),
+    ("bf16", "fp32", 0b00110, 1000),
+    ("fp16", "fp16", 0b11001, 200_000),
+]
+ALL_CASES = [
+    (logits, bias, flags, width)
+    for logits, bias in (("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp32", "bf16"))
+    for flags in range(32)
+    for width in (100, 200_000)
 ]
 
 
 def compile_kernel(
-    kernel: JITFunction, target: GPUTarget, logits: str, bias: str, flags: bool, width: int
+    kernel: JITFunction, target: GPUTarget, logits: str, bias: str, flags: int, width: int
 ) -> CompiledKernel:
     """The kernel as the launcher would configure it for a block of `width` columns."""
     launch = rows._launch_options(torch.empty(2, width, dtype=DTYPES[logits], device="meta"))
     pointers = {"logits_ptr": "*" + logits, "bias_ptr": "*" + bias, "target_ptr": "*i64"}
-    signature, constants = {}, {}
+    signature, constants, bit = {}, {}, itertools.count()
     for param in kernel.params:
         name = param.name
         if param.is_constexpr:
-            signature[name], constants[name] = "constexpr", launch.get(name, flags)
+            signature[name] = "constexpr"
+            constants[name] = launch[name] if name in launch else bool(flags >> next(bit) & 1)
         elif name.endswith("_ptr"):
             signature[name] = pointers.get(name, "*fp32")
         else:
@@ -62,15 +73,16 @@ def spilled(compiled: CompiledKernel) -> int:
     return int(usage[1]) + int(usage[2])
 
 
+def measure(target: GPUTarget, cases: list[tuple[str, str, int, int]]) -> dict[str, tuple[int, int]]:
+    """Of each kernel and case what it spills and what it takes of shared memory, bytes."""
+    found = {}
+    for name, kernel in vars(rows).items():
+        if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
+            for case in cases:
+                compiled = compile_kernel(kernel, target, *case)
+                found[f"{name} {case}"] = (spilled(compiled), compiled.metadata.shared)
+    return found
+
+
 if __name__ == "__main__":
-    chosen = GPUTarget(*json.loads(sys.argv[1]))
-    print(
-        json.dumps(
-            {
-                f"{name} {case}": spilled(compile_kernel(kernel, chosen, *case))
-                for name, kernel in vars(rows).items()
-                if isinstance(kernel, JITFunction) and name.endswith("_kernel")
-                for case in CASES
-            }
-        )
-    )
+    print(json.dumps(measure(GPUTarget(*json.loads(sys.argv[1])), ALL_CASES if sys.argv[2:] else CASES)))

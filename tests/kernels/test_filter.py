@@ -1,0 +1,278 @@
+"""Column filtering keeps its certificate: no row drops more than its tolerance, and rows that would are exact."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tspin_kernels import FilterReport, _filter, linear_sequence_loss, linear_tspin_loss
+
+from .test_memory import product_flops
+
+D, V = 16, 1024
+UPSTREAM = -1.7
+
+
+def make_logits(kinds, seed=0):
+    """Logits [N, V] of rows that are peaked (nearly all on two columns), flat, or peaked over a flat tail of a tenth."""
+    g = torch.Generator().manual_seed(seed)
+    rows = []
+    for kind in kinds:
+        z = torch.randn(V, generator=g, dtype=torch.float64)
+        top = torch.randint(32, (2,), generator=g)
+        if kind == "peaked":
+            z[top] += 16
+        elif kind == "tail":
+            z = 0.1 * z
+            z[top[0]] = math.log(9 * V)
+        rows.append(z)
+    return torch.stack(rows)
+
+
+def make_call(kinds, seed=0, dtype=torch.float64):
+    """Arguments of the op: one token per sequence, one sequence per group, targets drawn from the rows' softmax."""
+    z = make_logits(kinds, seed)
+    N = len(kinds)
+    # The product is the logits: hidden is a one-hot of the row, weight the logits' transpose.
+    hidden, weight = torch.eye(N, dtype=torch.float64), z.T.contiguous()
+    targets = torch.multinomial(z.softmax(1), 1, generator=torch.Generator().manual_seed(seed)).squeeze(1)
+    return hidden.to(dtype), weight.to(dtype), targets, torch.arange(N)
+
+
+def evaluate(call, g, h, *, bias=None, device="cpu", **options):
+    """Loss, statistics and gradients for coefficients g, h [N] of each row's log-prob and entropy."""
+    hidden, weight, targets, ids = (t.to(device) for t in call)
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    leaves += [] if bias is None else [bias.to(device).clone().requires_grad_()]
+
+    def loss_fn(s, g, h):
+        return g * s.logprobs[:, 0] + (0 if h is None else h * s.entropy[:, 0])
+
+    inputs = [
+        None if t is None else t.to(device, leaves[0].dtype if leaves[0].dtype.itemsize > 2 else torch.float32)
+        for t in (g, h)
+    ]
+    loss, stats = linear_sequence_loss(
+        leaves[0],
+        leaves[1],
+        targets,
+        ids,
+        (lambda s, g: loss_fn(s, g, None)) if h is None else loss_fn,
+        *leaves[2:],
+        group_size=1,
+        group_inputs=[t for t in inputs if t is not None],
+        normalizer=1.0,
+        entropy="value" if h is None else "grad",
+        **options,
+    )
+    (loss * UPSTREAM).backward()
+    named = {"loss": loss, "logprobs": stats.logprobs, "dhidden": leaves[0].grad, "dweight": leaves[1].grad}
+    named |= {} if bias is None else {"dbias": leaves[2].grad}
+    return {name: t.detach().double().cpu() for name, t in named.items()}
+
+
+def assert_within_bound(got, exact, call, size, tolerance, scale=1.0, rounding=1e-12):
+    """The two bounds of the documentation, for rows of |g| + |h| = size."""
+    e = tolerance * size.double() * abs(UPSTREAM) * scale
+    hidden, weight = call[0].double(), call[1].double()
+    row_error = (got["dhidden"] - exact["dhidden"]).norm(dim=1)
+    slack = rounding * exact["dhidden"].norm(dim=1).max()
+    assert (row_error <= e * weight.norm(dim=1).max() + slack).all(), (row_error, e)
+    weight_error = (got["dweight"] - exact["dweight"]).norm()
+    assert weight_error <= (e * hidden.norm(dim=1)).sum() + rounding * exact["dweight"].norm()
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(
+    kinds=st.lists(st.sampled_from(["peaked", "peaked", "flat", "tail"]), min_size=1, max_size=40),
+    seed=st.integers(0, 2**31),
+    tolerance=st.sampled_from([0.0, 1e-3, 0.03, 0.06, 0.2, 0.35, 1.0]),
+    with_entropy=st.booleans(),
+    transform=st.sampled_from([{}, {"temperature": 0.7}, {"logit_scale": -0.5}, {"softcap": 20.0, "temperature": 1.5}]),
+    per_block=st.sampled_from([4, 16, 128]),
+)
+def test_no_error_exceeds_its_bound(kinds, seed, tolerance, with_entropy, transform, per_block):
+    call = make_call(kinds, seed)
+    generator = torch.Generator().manual_seed(seed)
+    # Coefficients of very different size: a tolerance that were shared between rows would let large ones spoil small ones.
+    g, h = torch.randn(2, len(kinds), generator=generator, dtype=torch.float64) * torch.logspace(-4, 2, len(kinds))
+    h = h if with_entropy else None
+    bias = torch.randn(V, generator=generator, dtype=torch.float64)
+    exact = evaluate(call, g, h, bias=bias, **transform)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_filter, "_SHARING", {"cpu": (per_block, 0)})
+        patch.setattr(_filter, "_WORKSPACE_BYTES", 2**13)  # several steps of columns
+        got = evaluate(call, g, h, bias=bias, filter_tolerance=tolerance, **transform)
+    scale = abs(transform.get("logit_scale", 1.0)) / transform.get("temperature", 1.0)
+    size = g.abs() + (0 if h is None else h.abs())
+    assert_within_bound(got, exact, call, size, tolerance, scale)
+    # hidden is one-hot, so dweight is dlogits itself.
+    dropped = (got["dweight"] - exact["dweight"]).abs().sum(0)
+    rounding = 1e-9 * exact["dweight"].abs().sum(0)
+    assert (dropped <= tolerance * size * abs(UPSTREAM) * scale + rounding).all()
+    for name in ("loss", "logprobs"):
+        assert torch.equal(got[name], exact[name]), name
+    torch.testing.assert_close(got["dbias"], exact["dbias"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("coefficient", [1.0, 1e-6])
+def test_every_dtype_filters_within_its_rounding(fused, dtype, coefficient):
+    kinds = ["peaked"] * 48 + ["flat"] * 2
+    call = make_call(kinds, 3, dtype)
+    g = torch.full((len(kinds),), coefficient)
+    exact = evaluate([t.double() if t.is_floating_point() else t for t in call], g, None)
+    report = FilterReport()
+    got = evaluate(
+        call, g, None, device=fused.device, backend=fused.backend, filter_tolerance=0.01, filter_report=report
+    )
+    assert report.dense_rows < 10
+    rounding = 8 * torch.finfo(dtype).eps
+    assert_within_bound(got, exact, call, g, 0.01, rounding=rounding)
+
+
+@pytest.mark.parametrize("kind", ["flat", "tail"])
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_flat_rows_take_the_dense_path(kind, seed):
+    """Each column of theirs is small, their sum is not: the rows are exact, and the peaked ones beside them filtered."""
+    kinds = ["peaked"] * 30 + [kind] * 3 + ["peaked"] * 30
+    call, g = make_call(kinds, seed), torch.ones(63, dtype=torch.float64)
+    report = FilterReport()
+    exact = evaluate(call, g, None)
+    got = evaluate(call, g, None, filter_tolerance=0.01, filter_report=report)
+    assert (report.rows, report.dense_rows) == (63, 3)
+    assert report.entries == 63 * V
+    assert 3 / 63 < report.kept_fraction < 0.2
+    torch.testing.assert_close(got["dhidden"][30:33], exact["dhidden"][30:33], rtol=1e-12, atol=1e-12)
+    assert (got["dhidden"] - exact["dhidden"])[:30].norm() > 1e-9
+
+
+def test_an_entropy_gradient_has_its_own_mass():
+    """Columns whose probability is within the tolerance, but not their p (|ln p| + H), are kept."""
+    z = torch.zeros(40, V, dtype=torch.float64)
+    z[:, 0] = math.log(V / 0.003)  # 0.3 % outside of column 0, of -p ln p about 4 %
+    call = [torch.eye(40, dtype=torch.float64), z.T.contiguous(), torch.zeros(40, dtype=torch.int64), torch.arange(40)]
+    ones, none = torch.ones(40, dtype=torch.float64), torch.zeros(40, dtype=torch.float64)
+    dense = []
+    for g, h, tolerance in ((ones, none, 0.01), (none, ones, 0.01), (none, ones, 0.1)):
+        report = FilterReport()
+        evaluate(call, g, h, filter_tolerance=tolerance, filter_report=report)
+        dense.append(report.dense_rows)
+    assert dense == [0, 40, 0]
+
+
+def test_targets_are_kept_whatever_the_tolerance():
+    """Seven rows want 64 columns each, the eighth knows its target: with a tolerance of one its column could go."""
+    z = torch.full((8, V), -40.0, dtype=torch.float64)
+    for row in range(7):
+        z[row, row * 64 : row * 64 + 64] = 0
+    z[7, 1000], z[7, 1001] = 10, 0
+    targets = torch.tensor([*range(0, 448, 64), 1000])
+    call = [torch.eye(8, dtype=torch.float64), z.T.contiguous(), targets, torch.arange(8)]
+    report = FilterReport()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_filter, "_SHARING", {"cpu": (8, 0)})
+        got = evaluate(call, torch.ones(8), None, filter_tolerance=1.0, filter_report=report)
+    assert report.kept_fraction < 0.05
+    assert (got["dweight"][targets] != 0).any(1).all()
+
+
+@pytest.mark.parametrize("wanted", ["both", "hidden", "weight"])
+def test_flops_are_those_of_what_was_kept(wanted):
+    call, report = make_call(["peaked"] * 60 + ["flat"] * 4), FilterReport()
+    hidden, weight, targets, ids = call
+    hidden.requires_grad_(wanted != "weight")
+    weight.requires_grad_(wanted != "hidden")
+
+    def run():
+        linear_sequence_loss(
+            hidden,
+            weight,
+            targets,
+            ids,
+            lambda s: s.logprobs[:, 0],
+            group_size=1,
+            filter_tolerance=0.01,
+            filter_report=report,
+        )
+
+    flops = product_flops(run)
+    width = hidden.shape[1]
+    products = 2 if wanted == "both" else 1
+    choice = 2 * 64 * V * 8  # sets of 724, 512, 362, ... and 64 columns
+    assert flops - choice == 2 * 64 * V * width + 2 * products * report.kept_entries * width
+    assert report.kept_fraction < 0.3
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_groups_beyond_the_budget_are_exact(blocks):
+    """A budget too small for one group takes two passes, and nothing is filtered; several blocks filter each their own."""
+    call, g, report = make_call(["peaked"] * 64), torch.ones(64, dtype=torch.float64), FilterReport()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_filter, "_SHARING", {"cpu": (8, 0)})
+        patch.setattr(_filter, "_WORKSPACE_BYTES", 2**14)
+        head = 8 * V * 64
+        budget = 2**20 if blocks == 4 else head
+        got = evaluate(call, g, None, filter_tolerance=0.01, filter_report=report, memory_budget=budget)
+    exact = evaluate(call, g, None)
+    assert report.rows == 64
+    if blocks == 4:
+        assert report.dense_rows == 0
+    assert_within_bound(got, exact, call, g, 0.01)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_stays_so(bad):
+    call, g = make_call(["peaked"] * 40), torch.ones(40, dtype=torch.float64)
+    g[7] = bad
+    got = evaluate(call, g, None, filter_tolerance=0.01)
+    others = torch.arange(40) != 7
+    assert not got["dhidden"][7].isfinite().any()
+    assert got["dhidden"][others].isfinite().all()
+
+
+def test_zero_coefficients_are_neither_filtered_nor_counted():
+    call, report = make_call(["peaked"] * 40), FilterReport()
+    g = (torch.arange(40) % 2).double()
+    got = evaluate(call, g, None, filter_tolerance=0.01, filter_report=report)
+    assert report.rows == 20
+    assert (got["dhidden"][g == 0] == 0).all()
+
+
+def test_a_vocabulary_too_small_to_choose_from_is_dense():
+    call, report = make_call(["peaked"] * 40), FilterReport()
+    call = [call[0], call[1][:48], call[2] % 48, call[3]]
+    g = torch.ones(40, dtype=torch.float64)
+    got = evaluate(call, g, None, filter_tolerance=0.5, filter_report=report)
+    assert report.kept_fraction == 1.0
+    torch.testing.assert_close(got["dweight"], evaluate(call, g, None)["dweight"])
+
+
+def test_linear_tspin_loss_passes_the_tolerance_on():
+    hidden, weight, targets, ids = make_call(["peaked"] * 48)
+    report = FilterReport()
+    linear_tspin_loss(
+        hidden.requires_grad_(), weight, targets, ids, filter_tolerance=0.01, filter_report=report, beta=0.5
+    )
+    assert report.rows == 48
+    assert report.kept_fraction < 0.5
+
+
+@pytest.mark.parametrize("tolerance", [-0.1, 1.5, math.nan])
+def test_a_tolerance_that_is_no_share_raises(tolerance):
+    call = partial(evaluate, make_call(["peaked"]), torch.ones(1), None)
+    with pytest.raises(ValueError, match="filter_tolerance: want a number from 0 to 1"):
+        call(filter_tolerance=tolerance)
+
+
+def test_a_report_without_a_tolerance_raises():
+    with pytest.raises(ValueError, match="filter_report: want a filter_tolerance"):
+        evaluate(make_call(["peaked"]), torch.ones(1), None, filter_report=FilterReport())
+
+
+def test_the_reference_does_not_filter():
+    with pytest.raises(ValueError, match="filter_tolerance: want None with backend='reference'"):
+        evaluate(make_call(["peaked"]), torch.ones(1), None, filter_tolerance=0.1, backend="reference")

@@ -1,0 +1,248 @@
+"""What `linear_sequence_loss` does with its rows: blocks of whole groups, each projected, scored and turned into gradients.
+
+The products and row work are the engine's (`_blocks.py`); nothing here knows of autograd's graph but the little one of the loss.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tspin_kernels._blocks import Gradients, Head, Upstream, compute_gradients, compute_stats, to_front
+from tspin_kernels._filter import FilterReport, compute_filtered_gradients, filter_bytes
+from tspin_kernels._inputs import accumulate_dtype
+from tspin_kernels._plan import Blocks, plan_blocks
+from tspin_kernels._sequences import LossFn, SequenceStats, group_losses, sum_sequences
+
+
+def _coefficients(
+    loss_fn: LossFn, stats: SequenceStats, group_inputs: Sequence[Tensor], entropy_grad: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    # Losses [g] and their derivatives in the log-probs and entropies [g, group_size], by autograd through the user's function.
+    with torch.enable_grad():
+        logprobs = stats.logprobs.detach().requires_grad_()
+        entropy = stats.entropy
+        if entropy is not None:
+            entropy = entropy.detach().requires_grad_(entropy_grad)
+        losses = group_losses(loss_fn, SequenceStats(logprobs, entropy, stats.lengths), group_inputs)
+        leaves = [logprobs] + ([entropy] if entropy is not None and entropy_grad else [])
+        _refuse_captured(losses, leaves)
+        if not losses.requires_grad:
+            return losses, torch.zeros_like(logprobs), None
+        grads = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+    dlogprobs = torch.zeros_like(logprobs) if grads[0] is None else grads[0]
+    return losses.detach(), dlogprobs, grads[1] if len(grads) > 1 else None
+
+
+def _refuse_captured(losses: Tensor, leaves: list[Tensor]) -> None:
+    # Every leaf of the loss' little graph must be ours: one captured by the closure would get no gradient.
+    nodes, seen = [losses.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and not any(variable is leaf for leaf in leaves):
+            raise ValueError(
+                f"loss_fn: want a function of its arguments and constants, got one that captures a tensor {list(variable.shape)} "
+                "that requires grad; detach it, or add its term to the loss outside"
+            )
+        nodes.extend(next_node for next_node, _ in node.next_functions)
+
+
+class Rows(NamedTuple):
+    """The rows that count, ordered by sequence."""
+
+    index: Tensor  # [N] into hidden
+    may_repeat: bool  # whether several of them may be one row of hidden
+    targets: Tensor  # [N]
+    ids: Tensor  # [N] sequence of each row
+    lengths: Tensor  # [G, group_size]
+    per_group: list[int]
+
+
+class Call(NamedTuple):
+    """The constants of one call."""
+
+    loss_fn: LossFn
+    group_inputs: Sequence[Tensor]
+    normalizer: float | Tensor
+    entropy: str | bool
+    budget: int
+    filter_tolerance: float | None = None
+    filter_report: FilterReport | None = None
+
+
+def select_rows(
+    targets: Tensor, ids: Tensor, rows: Tensor | None, ignore_index: int | None, num_groups: int, group_size: int
+) -> Rows:
+    order = torch.sort(ids, stable=True).indices
+    if ignore_index is not None:
+        order = order[targets[order] != ignore_index]
+    ids = ids[order]
+    lengths = torch.bincount(ids, minlength=num_groups * group_size).view(num_groups, group_size)
+    index = order if rows is None else rows[order]
+    return Rows(index, rows is not None, targets[order], ids, lengths, lengths.sum(1).tolist())
+
+
+class _HiddenGradient:
+    """The gradient in all hidden rows; where several targets share a row, their parts are summed in float32."""
+
+    def __init__(self, hidden: Tensor, rows: Rows, dtype: torch.dtype):
+        self.total = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        self.may_repeat = rows.may_repeat
+        self.slots: Tensor | None = None
+        if rows.may_repeat and dtype in (torch.float16, torch.bfloat16):
+            unique, inverse, counts = torch.unique(rows.index, return_inverse=True, return_counts=True)
+            is_shared = counts > 1
+            self.shared_rows = unique[is_shared]
+            self.shared = hidden.new_zeros(len(self.shared_rows), hidden.shape[1], dtype=torch.float32)
+            # Of each selected row, its place among the shared ones, or -1.
+            self.slots = torch.where(is_shared, is_shared.cumsum(0) - 1, -1)[inverse]
+
+    def add(self, selected: Tensor, index: Tensor, part: Tensor) -> None:
+        """Add the gradients `part` of the `selected` rows that count, which are the hidden rows `index`."""
+        if not self.may_repeat:
+            self.total.index_copy_(0, index, part)
+        elif self.slots is None:
+            self.total.index_put_((index,), part, accumulate=True)
+        else:
+            slots = self.slots[selected]
+            alone, several = (slots < 0).nonzero().squeeze(1), (slots >= 0).nonzero().squeeze(1)
+            self.total.index_copy_(0, index[alone], part[alone])
+            self.shared.index_put_((slots[several],), part[several].float(), accumulate=True)
+
+    def result(self) -> Tensor:
+        if self.slots is not None:
+            self.total.index_copy_(0, self.shared_rows, self.shared.to(self.total.dtype))
+        return self.total
+
+
+def _live_rows(upstream: Upstream) -> Tensor:
+    # Which rows [N] may have a gradient: all but those of upstream gradients that are exactly zero. A nan is not zero.
+    return torch.stack([gradient != 0 for gradient in upstream if gradient is not None]).any(0)
+
+
+def _pack(per_group: list[int], max_rows: int) -> list[tuple[int, int]] | None:
+    # Ranges of groups of at most `max_rows` rows, None where one group alone has more.
+    ranges, start, used = [], 0, 0
+    for group, rows in enumerate(per_group):
+        if rows > max_rows:
+            return None
+        if used + rows > max_rows:
+            ranges.append((start, group))
+            start, used = group, 0
+        used += rows
+    ranges.append((start, len(per_group)))
+    return ranges
+
+
+def _group_blocks(
+    head: Head, hidden: Tensor, rows: Rows, wanted: list[bool], budget: int, filtered: bool
+) -> list[tuple[int, int]] | None:
+    # Ranges of groups whose logits fit, None where a group is too large and the call takes two passes.
+    if filtered:
+        budget -= filter_bytes(head, hidden.device)
+    dtypes = [t.dtype if needed else None for t, needed in zip((hidden, head.weight), wanted)]
+    sizes = partial(head.sizes, hidden=hidden, gathered=True, dhidden=dtypes[0], dweight=dtypes[1])
+    N, V = rows.index.shape[0], head.widest
+    if sizes(N).total(N, V) <= budget:
+        return [(0, len(rows.per_group))]
+    D, one = head.weight.shape[1], sizes(1)
+    # Several blocks sum the weight's gradient in float32, taken a few columns at a time.
+    accumulator = 4 * D * V if one.dweight == "narrow" else 0
+    return _pack(rows.per_group, (budget - accumulator) // max(1, V * one.logit_bytes + one.row_bytes))
+
+
+def run_groups(
+    head: Head, hidden: Tensor, rows: Rows, call: Call, wanted: list[bool]
+) -> tuple[Tensor, SequenceStats, Gradients]:
+    # Loss, statistics and gradients; the gradients of `hidden` rows are summed where a row serves several targets.
+    filtered = call.filter_tolerance is not None
+    with_entropy = call.entropy is not False
+    ranges = _group_blocks(head, hidden, rows, wanted, call.budget, filtered) if any(wanted) else None
+    (V, D), group_size = head.weight.shape, rows.lengths.shape[1]
+    dtype = accumulate_dtype(head.compute_dtype)
+    one_pass = ranges is not None
+    # Several blocks, or a float16 gradient that waits for its scale, are summed in float32.
+    is_sum = ranges is not None and (filtered or len(ranges) > 1)
+    wide = dtype if head.compute_dtype == torch.float16 or is_sum else None
+    hidden_dtype = dtype if head.compute_dtype == torch.float16 or head.shard is not None else hidden.dtype
+    hidden_gradient = _HiddenGradient(hidden, rows, hidden_dtype) if wanted[0] else None
+    grads = Gradients(
+        None,
+        torch.zeros(V, D, dtype=wide or head.weight.dtype, device=hidden.device) if wanted[1] else None,
+        hidden.new_zeros(V, dtype=dtype) if wanted[2] else None,
+    )
+    parts: list[tuple[Tensor, SequenceStats]] = []
+    start, fresh = 0, True
+    for g0, g1 in ranges or [(0, len(rows.per_group))]:
+        n = sum(rows.per_group[g0:g1])
+        block = slice(start, start + n)
+        start += n
+        index, targets = rows.index[block], rows.targets[block]
+        store = hidden.new_empty(n, V, dtype=head.logits_dtype) if one_pass else None
+        dtypes = [t.dtype if needed else None for t, needed in zip((hidden, head.weight), wanted)]
+        sizes = head.sizes(n, hidden, True, *dtypes)
+        blocks = Blocks(max(1, n), V) if one_pass else plan_blocks(sizes, call.budget)
+        stats = compute_stats(head, hidden, index, targets, blocks, with_entropy, store)
+        lengths = rows.lengths[g0:g1]
+        logprobs = sum_sequences(stats.logprobs, lengths.reshape(-1)).view(-1, group_size)
+        entropy = None
+        if stats.entropy is not None:
+            entropy = sum_sequences(stats.entropy, lengths.reshape(-1)).view(-1, group_size)
+        sequences = SequenceStats(logprobs, entropy, lengths)
+        inputs = [tensor[g0:g1] for tensor in call.group_inputs]
+        if not any(wanted):
+            parts.append((group_losses(call.loss_fn, sequences, inputs), sequences))
+            continue
+        losses, dlogprobs, dentropy = _coefficients(call.loss_fn, sequences, inputs, call.entropy == "grad")
+        parts.append((losses, sequences))
+        if n == 0:
+            continue
+        local = rows.ids[block] - g0 * group_size
+        upstream = Upstream(
+            *(None if d is None else (d / call.normalizer).reshape(-1)[local].to(dtype) for d in (dlogprobs, dentropy))
+        )
+        places = to_front(_live_rows(upstream), store)
+        if places.shape[0] == 0:
+            continue
+        if places.shape[0] < n:
+            index, targets, store = index[places], targets[places], None if store is None else store[: places.shape[0]]
+            stats = stats.take(places)
+            upstream = Upstream(*(None if t is None else t[places] for t in upstream))
+        dhidden = hidden.new_empty(places.shape[0], D, dtype=hidden_dtype) if hidden_gradient else None
+        block_grads = Gradients(dhidden, grads.weight, grads.bias)
+        if call.filter_tolerance is not None and store is not None:
+            compute_filtered_gradients(
+                head,
+                hidden,
+                index,
+                targets,
+                stats,
+                upstream,
+                block_grads,
+                store,
+                call.filter_tolerance,
+                call.filter_report,
+            )
+        else:
+            compute_gradients(
+                head, hidden, index, targets, stats, upstream, blocks, block_grads, fresh=fresh, store=store
+            )
+            if call.filter_report is not None:
+                call.filter_report.count(places.shape[0], V, V)
+        fresh = False
+        if hidden_gradient is not None and dhidden is not None:
+            hidden_gradient.add(places + block.start, index, dhidden)
+    losses = torch.cat([losses for losses, _ in parts])
+    loss = losses.double().sum().to(dtype) / call.normalizer
+    sums, entropies, lengths = zip(*(sequences for _, sequences in parts), strict=True)
+    stats = SequenceStats(torch.cat(sums), None if entropies[0] is None else torch.cat(entropies), torch.cat(lengths))
+    if hidden_gradient is None:
+        return loss, stats, grads
+    dhidden = hidden_gradient.result()
+    return loss, stats, grads._replace(hidden=dhidden if head.shard is None else head.shard.sum_(dhidden))
