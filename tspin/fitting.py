@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tspin.memory import BACKWARD_PHASES, FROZEN, OPTIMIZER_PHASE, WEIGHTS, Context, MemoryPrediction, predict_memory
-from tspin.model import _causal_lm, head_of, lora_config
+from tspin.model import causal_lm, head_of, lora_config
 from tspin.prefix import NAME
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def joint_pass_fits(
             reserved but not given out.
         sharing: whether prompts are shared. gpu: False where the model runs on the CPU.
     """
-    core = _causal_lm(model)
+    core = causal_lm(model)
     config = copy.deepcopy(core.config)
     vars(config).pop("quantization_config", None)
     attention = config._attn_implementation
@@ -166,6 +166,7 @@ class MemoryCheck:
             "attn_implementation": config.attn_implementation,
             "trust_remote_code": config.trust_remote_code,
             "iteration": iteration,
+            "sharing": args.prefix_sharing != "off",
             "gpu": gpu_memory is not None,
         }
         self.run_config = config

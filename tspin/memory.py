@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Trainer
 
-from tspin.model import _causal_lm, disable_dropout, head_of
+from tspin.model import causal_lm, disable_dropout, head_of
 from tspin.prefix import NAME, PrefixLayout, layout_inputs, refusal
 from tspin.tracing import WORK, LiveBytes, Select, assume_no_padding, flash_attention, head_loss
 
@@ -206,9 +206,9 @@ class _Step:
         self.shared, self.gpu, self.accumulates = shared, gpu, False
         disable_dropout(model)
         if shared:
-            _causal_lm(model).set_attn_implementation(NAME)
+            causal_lm(model).set_attn_implementation(NAME)
         elif len(set(context.responses)) == 1:
-            assume_no_padding(_causal_lm(model))
+            assume_no_padding(causal_lm(model))
         if args.gradient_checkpointing:
             _enable_checkpointing(model, dict(args.gradient_checkpointing_kwargs or {}))  # type: ignore
         model.train()
@@ -242,7 +242,7 @@ class _Step:
     def _forward(self, live: LiveBytes) -> Tensor:
         per_group = [sum(self.context.responses)] * self.triplets
         inputs = self._inputs()
-        live.phase, core = "forward", _causal_lm(self.model)
+        live.phase, core = "forward", causal_lm(self.model)
         layers = _layers(core, core.config.get_text_config().num_hidden_layers)
         for layer, phase in zip(layers[-2::-1], [*[_BETWEEN] * (len(layers) - 2), _FIRST], strict=False):
             layer.register_forward_hook(partial(_on_gradient, partial(setattr, live, "phase", phase)))

@@ -107,7 +107,13 @@ def load_model(
             f"model_name_or_path: {name_or_path!r} lacks the weights {sorted(info['missing_keys'])[:5]}, which would "
             "start at random; want a complete checkpoint of a causal LM"
         )
-    return model if quantized else model.to(device)
+    if not quantized:
+        return model.to(device)
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks weights at the first forward without gradients, and has no gradients from then on.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def load_tokenizer(

@@ -27,11 +27,11 @@ from transformers.masking_utils import sdpa_mask
 
 from tspin.model import Head
 from tspin_kernels._blocks import Head as KernelHead
+from tspin_kernels._groups import group_blocks
 from tspin_kernels._inputs import LogitTransform
 from tspin_kernels._linear_logprobs import product_dtypes
 from tspin_kernels._plan import DEFAULT_BUDGET, plan_blocks
 from tspin_kernels._rows_torch import _TILE
-from tspin_kernels._sequence_loss import _group_blocks
 
 WORK = "working set"
 
@@ -218,12 +218,13 @@ def head_loss(hidden: Tensor, head: Head, per_group: Sequence[int], *, budget: i
     grad = torch.is_grad_enabled()
     wanted = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     rows = _HeadRows(hidden.new_empty(N, dtype=torch.int64), list(per_group))
-    ranges = _group_blocks(kernel, like, rows, wanted, budget) if any(wanted) else None  # type: ignore[arg-type]
+    ranges = group_blocks(kernel, like, rows, wanted, budget) if any(wanted) else None  # type: ignore[arg-type]
     part_bytes = hidden.shape[-1] * hidden.dtype.itemsize if wanted[0] else 0
     blocks = []
     for start, stop in ranges or [(0, len(per_group))]:
         n = sum(per_group[start:stop])
-        sizes = kernel.sizes(n, like, gathered=True, dhidden=wanted[0], dweight=wanted[1])
+        dtypes = [t.dtype if needed else None for t, needed in zip((hidden, weight), wanted, strict=False)]
+        sizes = kernel.sizes(n, like, True, *dtypes)
         plan = plan_blocks(sizes, budget)
         rows_, cols = (max(1, n), kernel.V) if ranges else (plan.rows, plan.cols)
         # On a CPU the work on rows holds a few float32 tiles of logits; on a GPU it is a kernel.

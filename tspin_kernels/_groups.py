@@ -140,10 +140,10 @@ def _pack(per_group: list[int], max_rows: int) -> list[tuple[int, int]] | None:
     return ranges
 
 
-def _group_blocks(
-    head: Head, hidden: Tensor, rows: Rows, wanted: list[bool], budget: int, filtered: bool
+def group_blocks(
+    head: Head, hidden: Tensor, rows: Rows, wanted: list[bool], budget: int, filtered: bool = False
 ) -> list[tuple[int, int]] | None:
-    # Ranges of groups whose logits fit, None where a group is too large and the call takes two passes.
+    """Ranges of groups whose logits fit; None where one group is too large, and the call takes two passes."""
     if filtered:
         budget -= filter_bytes(head, hidden.device)
     dtypes = [t.dtype if needed else None for t, needed in zip((hidden, head.weight), wanted)]
@@ -163,7 +163,7 @@ def run_groups(
     # Loss, statistics and gradients; the gradients of `hidden` rows are summed where a row serves several targets.
     filtered = call.filter_tolerance is not None
     with_entropy = call.entropy is not False
-    ranges = _group_blocks(head, hidden, rows, wanted, call.budget, filtered) if any(wanted) else None
+    ranges = group_blocks(head, hidden, rows, wanted, call.budget, filtered) if any(wanted) else None
     (V, D), group_size = head.weight.shape, rows.lengths.shape[1]
     dtype = accumulate_dtype(head.compute_dtype)
     one_pass = ranges is not None

@@ -369,6 +369,23 @@ def test_adapters_over_quantized_weights(tmp_path, monkeypatch):
     assert SelfPlay(toy_config(root, tmp_path / "two", **options)).run().model_hash == result.model_hash
 
 
+def test_quantized_weights_keep_their_gradients_after_an_evaluation(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the extra quantization is not installed")
+    make_toy(tmp_path / "toy", width=64)
+    model = load_model(str(tmp_path / "toy/model"), quantization="nf4")
+    ids = torch.arange(12).view(2, 6)
+
+    def gradient():
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model.train()(inputs_embeds=embeds).logits.square().sum().backward()
+        return embeds.grad
+
+    before = gradient()
+    with torch.no_grad():
+        model.eval()(ids)
+    torch.testing.assert_close(gradient(), before)
+
+
 def test_weights_of_8_bits(toy):
     pytest.importorskip("bitsandbytes", reason="the extra quantization is not installed")
     model = load_model(str(toy / "model"), quantization="int8")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qw
 from tspin.data import MEMBERS, TripletCollator
 from tspin.memory import predict_memory
 from tspin.model import disable_dropout, head_of, install_scoring, score_batch
-from tspin.prefix import PrefixLayout, layout_inputs, share_prompts
+from tspin.prefix import NAME, PrefixLayout, layout_inputs
 from tspin.sequential import backward_one_by_one
 from tspin.trainer import TSPINConfig, method_loss_fn
 from tspin_kernels import linear_tspin_loss
@@ -84,7 +84,7 @@ def measured_peak(config, args, prompt, responses, *, sharing=False, adapter=Non
     optimizer = kind(trainable, **options)
     members = MEMBERS[: len(responses)]
     if sharing:
-        share_prompts(model.get_base_model() if adapter is not None else model)
+        (model.get_base_model() if adapter is not None else model).set_attn_implementation(NAME)
     else:
         install_scoring(model)
 
