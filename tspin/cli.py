@@ -55,6 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"tspin: error: {_one_line(error)}", file=sys.stderr)
         return 2
+    finally:
+        _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    # Its threads, met alive by the end of the interpreter, now and then abort a process whose work is done.
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _one_line(error: Exception) -> str:
