@@ -165,6 +165,15 @@ def test_env_names_every_version(capsys, monkeypatch):
     assert cli._version("no-such-package") == "not installed"
 
 
+@pytest.mark.parametrize("words", [["env"], ["env", "--no_such_option"]])
+def test_a_command_leaves_its_process_group(words, tmp_path, capsys):
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    cli.main(words)
+    assert not torch.distributed.is_initialized()
+
+
 def test_generate_writes_one_response_per_row(model_dir, rows, tmp_path):
     out = tmp_path / "out"
     words = ["--model_name_or_path", str(model_dir), "--dataset", str(rows), "--output_dir", str(out), *KEYS]
