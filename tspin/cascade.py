@@ -186,11 +186,16 @@ class _Cascade(torch.autograd.Function):
 
 def can_cascade(query: Tensor, value: Tensor) -> bool:
     """Whether there is a flash kernel for these heads: on CPU any; on NVIDIA GPUs from Ampere on, those of 16 bits."""
+    if query.device.type == "cpu":
+        return value.shape[-1] == query.shape[-1]
+    is_recent = query.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return is_recent and fits_varlen(query, value)
+
+
+def fits_varlen(query: Tensor, value: Tensor) -> bool:
+    """Whether CUDA's varlen flash kernels take heads of this dtype and width."""
     d = query.shape[-1]
-    if value.shape[-1] != d or query.device.type == "cpu":
-        return value.shape[-1] == d
-    fits = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and d % 8 == 0 and d <= 256
-    return fits and torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return value.shape[-1] == d and query.dtype in (torch.float16, torch.bfloat16) and d % 8 == 0 and d <= 256
 
 
 def cascade_attention(

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, Trainer
 
 from tspin.model import causal_lm, disable_dropout, head_of
 from tspin.prefix import NAME, PrefixLayout, layout_inputs, refusal
-from tspin.tracing import WORK, LiveBytes, Select, assume_no_padding, flash_attention, head_loss
+from tspin.tracing import WORK, LiveBytes, Select, assume_no_padding, gpu_attention, head_loss
 
 if TYPE_CHECKING:
     from tspin.trainer import TSPINConfig
@@ -226,7 +226,7 @@ class _Step:
             for p in trainable:
                 p.grad = torch.empty_like(p)
             live.hold([p.grad for p in trainable], GRADIENTS)
-        with live, flash_attention() if self.gpu else nullcontext():
+        with live, gpu_attention() if self.gpu else nullcontext():
             with self._autocast():
                 loss = self._forward(live)
             live.label, live.phase = WORK, _LAST

@@ -1,8 +1,8 @@
 """The bytes of one training step, followed on tensors without data: the model's own code runs, no memory is spent.
 
 Each storage that an operation makes, and its end, is an event; replayed, they give the memory of every moment by what it is
-for. The tensors say they are the CPU's. To price a CUDA GPU instead, its attention kernel is stood in for by a function that
-keeps what the kernel keeps; the output head always is, by its own planner. Deliberately one step of one configuration:
+for. The tensors say they are the CPU's. To price a CUDA GPU instead, its attention kernels are stood in for by functions that
+keep what the kernels keep; the output head always is, by its own planner. Deliberately one step of one configuration:
 what that means for a run is tspin.memory's.
 
 N response tokens, V vocabulary, D hidden width; H query heads, L queries, S keys, d their width.
@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tspin import cascade, prefix
 from tspin.model import Head
 from tspin_kernels._blocks import Head as KernelHead
 from tspin_kernels._groups import group_blocks
@@ -97,25 +98,34 @@ class LiveBytes(TorchDispatchMode):
         return found
 
 
+def _flash_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    # Output and log-sum-exp; heads before rows or after them.
+    return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+def _flash_gradients(query: Tensor, key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a CUDA flash kernel, beside its work: a float32 sum of the queries' and, heads in dimension `heads`, the keys'
+    and values' of every query head, which are summed over those of a group after."""
+    work = [query.new_empty(query.shape[:-1], dtype=torch.float32), torch.empty_like(query, dtype=torch.float32)]
+    H = query.shape[heads]
+    if key.shape[heads] != H:
+        work += [t.new_empty(*t.shape[:heads], H, *t.shape[heads + 1 :]) for t in (key, value)]
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
 class _FlashAttention(torch.autograd.Function):
     """What a fused CUDA attention keeps: its inputs, its output and the log-sum-exp [B, H, L]; never [L, S] scores."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        out, lse = _flash_outputs(query, value)
         ctx.save_for_backward(query, key, value, out, lse, bias)
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore
         query, key, value, *_ = ctx.saved_tensors
-        work = [dout.new_empty(query.shape[:-1], dtype=torch.float32), torch.empty_like(query, dtype=torch.float32)]
-        if key.shape[1] != query.shape[1]:
-            # The kernel makes a gradient for each query head and sums those of a group after.
-            work += [t.new_empty(t.shape[0], query.shape[1], *t.shape[2:]) for t in (key, value)]
-        grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
-        return *grads, None
+        return *_flash_gradients(query, key, value, 1), None
 
 
 def _flash_attention(
@@ -128,15 +138,45 @@ def _flash_attention(
     return _FlashAttention.apply(query, key, value, bias)
 
 
+def _varlen_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _flash_outputs(q, v)
+    return out, lse.T
+
+
+def _varlen_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _flash_gradients(q, k, v, 1)
+
+
+def _flex_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    return _FlashAttention.apply(query, key, value, None).transpose(1, 2), None
+
+
 @contextmanager
-def flash_attention() -> Iterator[None]:
-    """Within it, scaled_dot_product_attention is `_FlashAttention`, in layers that a backward runs again too."""
-    plain = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = _flash_attention  # a function mode would be off during a backward
+def gpu_attention() -> Iterator[None]:
+    """Within it, attention costs what a CUDA GPU's kernels cost, in layers that a backward runs again too.
+
+    Of scaled_dot_product_attention a fused kernel is assumed, of rows that share a prompt whichever kernel `tspin.prefix` takes on
+    a GPU from Ampere on.
+    """
+    stand_ins = {
+        (F, "scaled_dot_product_attention"): _flash_attention,  # a function mode would be off during a backward
+        (prefix, "can_cascade"): cascade.fits_varlen,
+        (prefix, "_has_flex"): lambda query: True,
+        (prefix, "_block_mask"): lambda *args: None,
+        (prefix, "flex_attention_forward"): _flex_attention,
+        (cascade, "_forward"): _varlen_forward,
+        (cascade, "_backward"): _varlen_backward,
+    }
+    before = {place: getattr(*place) for place in stand_ins}
+    for place, stand_in in stand_ins.items():
+        setattr(*place, stand_in)
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = plain
+        for place, function in before.items():
+            setattr(*place, function)
 
 
 def assume_no_padding(model: PreTrainedModel) -> None:
