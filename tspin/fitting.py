@@ -246,7 +246,8 @@ class MemoryCheck:
             yield _Lever({"gradient_checkpointing": True}, BACKWARD_PHASES)
         if args.sequential_backward != "on":
             yield _Lever({"sequential_backward": "on"}, BACKWARD_PHASES)
-        if not dict(args.gradient_checkpointing_kwargs or {}).get("offload"):
+        checkpointing: Any = args.gradient_checkpointing_kwargs or {}
+        if not checkpointing.get("offload"):
             yield _Lever({"gradient_checkpointing_kwargs": {"offload": True}}, BACKWARD_PHASES)
         if self.options["peft_config"] is None:
             name = str(getattr(args.optim, "value", args.optim))
