@@ -46,7 +46,7 @@ def check(config: SelfPlayConfig, *, gpu_memory: str | None = None, rows: int = 
         print(f"ok  {name}: {text}")
         return result
 
-    training = step("training", _check_training)
+    training = step("training", partial(_check_training, gpu=gpu_memory is not None))
     tokenizer = step("tokenizer", _check_tokenizer)
     examples = step("data", _check_data, tokenizer, "train")
     held_out = step("eval data", _check_data, tokenizer, "eval")
@@ -60,10 +60,14 @@ def check(config: SelfPlayConfig, *, gpu_memory: str | None = None, rows: int = 
         raise ValueError(f"check failed: {', '.join(failed)} (see above)")
 
 
-def _check_training(config: SelfPlayConfig) -> tuple[Any, str]:
+def _check_training(config: SelfPlayConfig, *, gpu: bool) -> tuple[Any, str]:
+    import torch
+
     from tspin.loading import training_args_of
 
-    iterations = [training_args_of(config, t) for t in range(config.iterations)]
+    # Arguments meant for a GPU that this machine lacks are refused, unless the CPU is chosen outright.
+    elsewhere = {"use_cpu": True} if gpu and not torch.cuda.is_available() else {}
+    iterations = [training_args_of(config, t, **elsewhere) for t in range(config.iterations)]
     texts = [f"{a.method}, beta {a.beta_at(t):g}, lr {a.learning_rate:g}" for t, a in enumerate(iterations)]
     return iterations, "; ".join(f"iteration {t}: {text}" for t, text in enumerate(texts))
 
@@ -85,9 +89,16 @@ def _check_data(config: SelfPlayConfig, tokenizer: Any, split: str) -> tuple[lis
 
     if split == "eval" and config.eval_dataset is None:
         return [], "none, so nothing will be measured on held-out rows"
-    examples, report = load_examples(config, tokenizer, split=split)
+    examples, _ = load_examples(config, tokenizer, split=split)
+    prompts, responses = (
+        [len(ids) for ids in column] for column in zip(*((e.prompt_ids, e.response_ids) for e in examples))
+    )
+    text = (
+        f"{len(examples)} rows, prompts of {min(prompts)} to {max(prompts)} tokens, responses of {min(responses)} to "
+    )
+    text += f"{max(responses)}"
     if split == "train":
-        return examples, str(report)
+        return examples, text
     answers = {e.row: extract_answer(e.response, config.answer_pattern) for e in examples}
     without = [row for row, answer in answers.items() if answer is None]
     if without:
@@ -95,7 +106,7 @@ def _check_data(config: SelfPlayConfig, tokenizer: Any, split: str) -> tuple[lis
             f"answer_pattern: want a match in every annotated response, got none for {config.answer_pattern!r} in "
             f"{len(without)} of {len(examples)} rows, first in row {without[0]}; correct the pattern"
         )
-    return examples, f"{report}; first answer {answers[examples[0].row]!r}"
+    return examples, f"{text}; first answer {answers[examples[0].row]!r}"
 
 
 def _check_model(

@@ -15,6 +15,7 @@ import platform
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     With TSPIN_DEBUG=1 in the environment such an error shows its traceback instead.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Said at every start by libraries about themselves.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`gradient_checkpointing(_kwargs)?` is deprecated")
     is_main = os.environ.get("RANK", "0") == "0"
     logging.getLogger("tspin").setLevel(logging.INFO if is_main else logging.ERROR)
     try:

@@ -164,11 +164,12 @@ def tokenizer_of(config: SelfPlayConfig, *, revision: str | None = None) -> PreT
     )
 
 
-def training_args_of(config: SelfPlayConfig, iteration: int = 0) -> TSPINConfig:
-    """The trainer's arguments of one iteration of a run, outside the loop."""
+def training_args_of(config: SelfPlayConfig, iteration: int = 0, **fixed: Any) -> TSPINConfig:
+    """The trainer's arguments of one iteration of a run, outside the loop; `fixed` win over the config's."""
     from tspin.trainer import TSPINConfig
 
-    return TSPINConfig(output_dir=config.output_dir, seed=config.seed, **config.training_at(iteration))
+    own = {"output_dir": config.output_dir, "seed": config.seed}
+    return TSPINConfig(**own | config.training_at(iteration) | fixed)
 
 
 def lora_config(config: SelfPlayConfig) -> Any:
