@@ -237,7 +237,10 @@ def test_check_shows_rows_with_their_special_tokens(model_dir, rows, capsys):
     assert cli.main(["check", "--rows", "1", *words]) == 0
     text = capsys.readouterr().out
     assert [line[:2] for line in text.splitlines()[:5]] == ["ok"] * 5
-    assert "scores through its output head" in text and "data: 4 rows, prompts of 7 to 7 tokens, responses of 3 to 3" in text
+    assert (
+        "scores through its output head" in text
+        and "data: 4 rows, prompts of 7 to 7 tokens, responses of 3 to 3" in text
+    )
     assert "prompt    Q | Ġ | p | 0 | Ġ | A | Ġ\n" in text
     assert "response  r | 0 | [[</s>]]\n" in text
     assert "row 0" in text and "row 1" not in text
