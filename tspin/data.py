@@ -61,6 +61,13 @@ class DataReport:
     overlong_cut: int
     first_bad: str | None
 
+    def __str__(self) -> str:
+        parts = [f"{self.kept} of {self.total} rows"]
+        parts += [f"{self.bad} bad and skipped, the first: {self.first_bad}"] if self.bad else []
+        parts += [f"{self.overlong_dropped} beyond max_length and dropped"] if self.overlong_dropped else []
+        parts += [f"{self.overlong_cut} beyond max_length and cut"] if self.overlong_cut else []
+        return f"{self.source}: {'; '.join(parts)}"
+
 
 def stop_token_ids(tokenizer: Tokenizer, model_generation_config: GenerationConfig | None = None) -> tuple[int, ...]:
     """The ids that end a response, the tokenizer's end token first, then those of the generation config.

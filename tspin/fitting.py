@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from tspin.loading import lora_config
 from tspin.memory import BACKWARD_PHASES, FROZEN, OPTIMIZER_PHASE, WEIGHTS, Context, MemoryPrediction, predict_memory
-from tspin.model import causal_lm, head_of, lora_config
+from tspin.model import causal_lm, head_of
 from tspin.prefix import NAME
 
 if TYPE_CHECKING:
@@ -245,7 +246,8 @@ class MemoryCheck:
             yield _Lever({"gradient_checkpointing": True}, BACKWARD_PHASES)
         if args.sequential_backward != "on":
             yield _Lever({"sequential_backward": "on"}, BACKWARD_PHASES)
-        if not (args.gradient_checkpointing_kwargs or {}).get("offload"):
+        checkpointing: Any = args.gradient_checkpointing_kwargs or {}
+        if not checkpointing.get("offload"):
             yield _Lever({"gradient_checkpointing_kwargs": {"offload": True}}, BACKWARD_PHASES)
         if self.options["peft_config"] is None:
             name = str(getattr(args.optim, "value", args.optim))

@@ -33,7 +33,7 @@ from tspin.config import SelfPlayConfig
 from tspin.data import Example, TripletCollator, build_triplets, load_examples
 from tspin.evaluate import evaluate, fresh_pairs, generate_answers, read_references, write_references
 from tspin.generate import derived_seed, generate_responses, read_generations
-from tspin.model import load_model, load_tokenizer, lora_config
+from tspin.loading import lora_config, model_of, tokenizer_of
 from tspin.report import iteration_table, write_report
 from tspin.scoring import scoring_options
 from tspin.trainer import TSPINConfig, TSPINTrainer
@@ -122,7 +122,7 @@ class SelfPlay:
         # A bar for each loading of weights would bury those that matter.
         disable_progress_bar()
         # TrainingArguments choose the device and start the process group.
-        self.autocast = _autocast(self._training_args(0))
+        self.autocast = self._training_args(0).autocast_dtype
         state = PartialState()
         self.is_main, self.rank, self.world = state.is_main_process, state.process_index, state.num_processes
         with storage.run_lock(self.directory, self.rank), storage.disk_errors(self.directory):
@@ -207,11 +207,7 @@ class SelfPlay:
         record_path = self.directory / "run.json"
         known = storage.read_json(record_path) if record_path.exists() else None
         fingerprint, self.revision = storage.fingerprint(config.model_name_or_path, config.model_revision, known)
-        self.tokenizer = load_tokenizer(
-            config.tokenizer_name_or_path or config.model_name_or_path,
-            revision=None if config.tokenizer_name_or_path else self.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
+        self.tokenizer = tokenizer_of(config, revision=self.revision)
         self.pad_token_id = cast(int, self.tokenizer.pad_token_id)
         with PartialState().main_process_first():
             self.examples, _ = load_examples(config, self.tokenizer)
@@ -253,15 +249,8 @@ class SelfPlay:
                 f"{path} is missing; restore it, or delete {self._at(t - 1)} and all later iterations, "
                 "and the same command makes them again"
             )
-        return load_model(
-            self.config.model_name_or_path if t == 0 else str(path),
-            revision=self.revision if t == 0 else None,
-            dtype=self.config.torch_dtype,
-            attn_implementation=self.config.attn_implementation,
-            trust_remote_code=self.config.trust_remote_code,
-            quantization="none" if whole else self.config.quantization,
-            device=cast(torch.device, PartialState().device),
-        )
+        device, named = cast(torch.device, PartialState().device), None if t == 0 else str(path)
+        return model_of(self.config, named, revision=self.revision, whole=whole, device=device)
 
     def _generate(self, name: str, t: int, directory: Path, rows: int | None = None) -> Path:
         """Sample responses of pi_t with the seed of `name` into `directory`."""
@@ -397,10 +386,6 @@ class SelfPlay:
             storage.write_json(path, result)
         wait_for_everyone()
         return path
-
-
-def _autocast(args: TSPINConfig) -> torch.dtype | None:
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def _examples_hash(examples: list[Example]) -> str:

@@ -274,7 +274,7 @@ class _Step:
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids) if padded else None}
 
     def _autocast(self) -> Any:
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        dtype = self.args.autocast_dtype
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
 
 

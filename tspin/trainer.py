@@ -22,8 +22,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from tspin.data import MEMBERS, TripletCollator, tokenize_triplets
+from tspin.loading import add_adapter, load_model, warn_of_rounded_steps
 from tspin.metrics import Meter, reduced, triplet_metrics
-from tspin.model import add_adapter, causal_lm, install_scoring, load_model, score_batch, warn_of_rounded_steps
+from tspin.model import causal_lm, install_scoring, score_batch
 from tspin.prefix import share_prompts
 from tspin.scoring import scoring_options, verify_packed_row
 from tspin.sequential import backward_one_by_one
@@ -111,6 +112,11 @@ class TSPINConfig(TrainingArguments):
             if not (value > 0 or (may_be_zero and value == 0)):
                 raise ValueError(f"{name}: want a {'non-negative' if may_be_zero else 'positive'} number, got {value}")
         super().__post_init__()
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Of the forward passes: `bf16`, `fp16`, or None for the weights' own."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
     @property
     def needs_references(self) -> bool:

@@ -237,7 +237,10 @@ def test_check_shows_rows_with_their_special_tokens(model_dir, rows, capsys):
     assert cli.main(["check", "--rows", "1", *words]) == 0
     text = capsys.readouterr().out
     assert [line[:2] for line in text.splitlines()[:5]] == ["ok"] * 5
-    assert "scores through its output head" in text and "total=4, kept=4" in text
+    assert (
+        "scores through its output head" in text
+        and "data: 4 rows, prompts of 7 to 7 tokens, responses of 3 to 3" in text
+    )
     assert "prompt    Q | Ġ | p | 0 | Ġ | A | Ġ\n" in text
     assert "response  r | 0 | [[</s>]]\n" in text
     assert "row 0" in text and "row 1" not in text
@@ -261,6 +264,13 @@ def test_check_names_what_fails_and_goes_on(model_dir, rows, capsys, words, step
     failed = [line for line in out.splitlines() if line.startswith("NO")]
     assert len(failed) == 1 and failed[0].startswith(f"NO  {step}: ") and message in failed[0]
     assert f"check failed: {step}" in err
+
+
+def test_check_for_a_gpu_that_is_elsewhere(model_dir, rows, capsys):
+    words = ["--model_name_or_path", str(model_dir), "--dataset", str(rows), "--bf16", "true", "--gpu_memory", "24GB"]
+    words += [word for word in KEYS if word not in ("--use_cpu", "--bf16=false")]
+    assert cli.main(["check", *words]) == 0
+    assert "within the 22.08 GiB that tensors get of 24.00 GiB" in capsys.readouterr().out
 
 
 def test_check_of_gsm8k(model_dir, capsys):

@@ -201,6 +201,7 @@ def test_a_bad_row_names_file_line_column_and_remedy_or_is_counted(tmp_path, lin
     examples, report = load_examples(config_for(path, max_length=80, on_bad_row="skip"), TOKENIZER)
     assert [e.row for e in examples] == [0, 2]
     assert report == DataReport(str(path), 3, 2, 1, 0, 0, report.first_bad)
+    assert f"{path}: 2 of 3 rows; 1 bad and skipped, the first: {report.first_bad}" == str(report)
     assert "line 3" in report.first_bad
     path.write_text(line)
     with pytest.raises(ValueError, match=r"no row is left.*line 1"):

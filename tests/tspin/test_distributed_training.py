@@ -44,7 +44,7 @@ def run_scenario(directory, rows, options, resume=None):
     options = dict(options)
     model = build()
     if options.pop("lora", False):
-        from tspin.model import add_adapter
+        from tspin.loading import add_adapter
 
         adapter = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
         model = add_adapter(model, adapter, seed=0)

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from tspin import cli
 from tspin.config import SelfPlayConfig
 from tspin.fitting import USABLE, MemoryCheck, joint_pass_fits, longest_context, parse_memory
+from tspin.loading import add_adapter, lora_config
 from tspin.memory import predict_memory
-from tspin.model import add_adapter, lora_config
 from tspin.trainer import TSPINConfig
 
 SMALL = LlamaConfig(

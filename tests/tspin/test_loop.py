@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from tspin import loop, storage
 from tspin.config import SelfPlayConfig
 from tspin.generate import derived_seed
+from tspin.loading import load_model
 from tspin.loop import SelfPlay
-from tspin.model import load_model
 from tspin.storage import model_hash
 
 METHODS = ("tspin", "spin", "sft", "tspin_ref", "tspin_no_history")
@@ -358,7 +358,7 @@ def test_adapters_over_quantized_weights(tmp_path, monkeypatch):
         loaded.append(load_model(*args, **options))
         return loaded[-1]
 
-    monkeypatch.setattr("tspin.loop.load_model", load)
+    monkeypatch.setattr("tspin.loading.load_model", load)
     options = {"use_peft": True, "lora_r": 2, "learning_rate": 1e-2, "quantization": "nf4"}
     result = SelfPlay(toy_config(root, tmp_path / "one", **options)).run()
     # Sampled and trained as quantized, merged into whole weights.

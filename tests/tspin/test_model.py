@@ -11,15 +11,8 @@ from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tspin.data import TripletCollator
-from tspin.model import (
-    disable_dropout,
-    head_of,
-    install_scoring,
-    load_model,
-    load_tokenizer,
-    probe_head,
-    score_batch,
-)
+from tspin.loading import load_model, load_tokenizer
+from tspin.model import disable_dropout, head_of, install_scoring, probe_head, score_batch
 from tspin.scoring import score_references
 
 V = 61
@@ -381,7 +374,7 @@ def toy_tokenizer(**special):
 
 def test_a_missing_padding_token_becomes_the_end_token(tmp_path, caplog):
     toy_tokenizer(eos_token="<eos>").save_pretrained(tmp_path / "ends")
-    with caplog.at_level(logging.INFO, logger="tspin.model"):
+    with caplog.at_level(logging.INFO, logger="tspin.loading"):
         tokenizer = load_tokenizer(str(tmp_path / "ends"))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
     assert "padding token" in caplog.text

@@ -10,7 +10,8 @@ from test_trainer import METHODS, V, build, parameters, train, triplets
 from transformers import DogeConfig, DogeForCausalLM
 
 from tspin.data import TripletCollator
-from tspin.model import add_adapter, install_scoring, score_batch
+from tspin.loading import add_adapter
+from tspin.model import install_scoring, score_batch
 from tspin.prefix import NAME, share_prompts
 from tspin.scoring import score_references, verify_packed_row
 from tspin.trainer import TSPINConfig, TSPINTrainer

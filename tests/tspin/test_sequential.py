@@ -9,7 +9,8 @@ from test_trainer import V, build, parameters, train, triplets
 from transformers import Trainer
 
 from tspin.data import TripletCollator
-from tspin.model import add_adapter, install_scoring, score_batch
+from tspin.loading import add_adapter
+from tspin.model import install_scoring, score_batch
 from tspin.sequential import backward_one_by_one, one_by_one
 from tspin.trainer import TSPINConfig, TSPINTrainer
 

@@ -19,7 +19,7 @@ from peft import LoraConfig
 from test_trainer import BARE, QUIET, assert_close, build, parameters, triplets
 from transformers import LlamaForCausalLM
 
-from tspin.model import add_adapter
+from tspin.loading import add_adapter
 from tspin.trainer import TSPINConfig, TSPINTrainer
 
 LORA = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}

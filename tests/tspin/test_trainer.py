@@ -371,7 +371,7 @@ def test_weights_stay_float32_under_bf16_autocast(tmp_path):
 def test_bf16_weights_are_warned_of(tmp_path, caplog, optim, warned):
     for dtype, expected in ((torch.bfloat16, warned), (torch.float32, False)):
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="tspin.model"):
+        with caplog.at_level(logging.WARNING, logger="tspin.loading"):
             args = TSPINConfig(output_dir=str(tmp_path), **QUIET, optim=optim)
             TSPINTrainer(build().to(dtype), args, triplets(2))
         assert ("load them as float32" in caplog.text) == expected

@@ -1,0 +1,174 @@
+"""`tspin check`: what a config, its data and its model come to, and whether they fit, found before a run.
+
+Each step prints one line and the next goes on, so that one call shows everything that is at fault. Imports torch only once a step
+needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tspin.config import SelfPlayConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tspin.data import Example
+
+# What users can put right: bad values, missing files, missing extras. Anything else is a defect and shows its trace.
+USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ImportError)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, or its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def check(config: SelfPlayConfig, *, gpu_memory: str | None = None, rows: int = 2) -> None:
+    """Print what training arguments, tokenizer, data, model and memory come to, and the first rows as tokens.
+
+    gpu_memory: of the GPU to check for, as "24GB"; default that of this machine. Raises ValueError naming the steps that failed.
+    """
+    failed: list[str] = []
+
+    def step(name: str, work: Callable, *needs: Any) -> Any:
+        """Print what `work` finds, and return its result; None when it or something it needs has failed."""
+        if any(need is None for need in needs):
+            return print(f"--  {name}: not checked, as it needs what failed above")
+        try:
+            result, text = work(config, *needs)
+        except USER_ERRORS as error:
+            failed.append(name)
+            return print(f"NO  {name}: {one_line(error)}")
+        print(f"ok  {name}: {text}")
+        return result
+
+    training = step("training", partial(_check_training, gpu=gpu_memory is not None))
+    tokenizer = step("tokenizer", _check_tokenizer)
+    examples = step("data", _check_data, tokenizer, "train")
+    held_out = step("eval data", _check_data, tokenizer, "eval")
+    step("model", _check_model, training, tokenizer, examples, held_out)
+    step("memory", partial(_check_memory, gpu_memory=gpu_memory, examples=examples or []), training)
+    for example in (examples or [])[:rows]:
+        print(f"\nrow {example.row}: {len(example.prompt_ids)} prompt and {len(example.response_ids)} response tokens")
+        print(f"prompt    {_shown(tokenizer, example.prompt_ids)}")
+        print(f"response  {_shown(tokenizer, example.response_ids)}")
+    if failed:
+        raise ValueError(f"check failed: {', '.join(failed)} (see above)")
+
+
+def _check_training(config: SelfPlayConfig, *, gpu: bool) -> tuple[Any, str]:
+    import torch
+
+    from tspin.loading import training_args_of
+
+    # Arguments meant for a GPU that this machine lacks are refused, unless the CPU is chosen outright.
+    elsewhere = {"use_cpu": True} if gpu and not torch.cuda.is_available() else {}
+    iterations = [training_args_of(config, t, **elsewhere) for t in range(config.iterations)]
+    texts = [f"{a.method}, beta {a.beta_at(t):g}, lr {a.learning_rate:g}" for t, a in enumerate(iterations)]
+    return iterations, "; ".join(f"iteration {t}: {text}" for t, text in enumerate(texts))
+
+
+def _check_tokenizer(config: SelfPlayConfig) -> tuple[Any, str]:
+    from tspin.data import Encoder, end_token_ids
+    from tspin.loading import tokenizer_of
+
+    tokenizer = tokenizer_of(config)
+    stop_ids = end_token_ids(config, tokenizer)
+    Encoder(tokenizer, config.prompt_template, stop_ids)
+    ends = _shown(tokenizer, stop_ids)
+    return tokenizer, f"{type(tokenizer).__name__}, {len(tokenizer)} tokens, start {tokenizer.bos_token}, ends {ends}"
+
+
+def _check_data(config: SelfPlayConfig, tokenizer: Any, split: str) -> tuple[list[Example], str]:
+    from tspin.data import load_examples
+    from tspin.evaluate import extract_answer
+
+    if split == "eval" and config.eval_dataset is None:
+        return [], "none, so nothing will be measured on held-out rows"
+    examples, _ = load_examples(config, tokenizer, split=split)
+    prompts, responses = (
+        [len(ids) for ids in column] for column in zip(*((e.prompt_ids, e.response_ids) for e in examples))
+    )
+    text = (
+        f"{len(examples)} rows, prompts of {min(prompts)} to {max(prompts)} tokens, responses of {min(responses)} to "
+    )
+    text += f"{max(responses)}"
+    if split == "train":
+        return examples, text
+    answers = {e.row: extract_answer(e.response, config.answer_pattern) for e in examples}
+    without = [row for row, answer in answers.items() if answer is None]
+    if without:
+        raise ValueError(
+            f"answer_pattern: want a match in every annotated response, got none for {config.answer_pattern!r} in "
+            f"{len(without)} of {len(examples)} rows, first in row {without[0]}; correct the pattern"
+        )
+    return examples, f"{text}; first answer {answers[examples[0].row]!r}"
+
+
+def _check_model(
+    config: SelfPlayConfig, training: list[Any], tokenizer: Any, train: list[Example], held_out: list[Example]
+) -> tuple[Any, str]:
+    from tspin.fitting import model_without_weights
+    from tspin.loading import add_adapter, lora_config, model_of
+    from tspin.model import probe_head
+
+    path = Path(config.model_name_or_path)
+    bare = path.is_dir() and not any(file.suffix in (".safetensors", ".bin", ".pt", ".pth") for file in path.iterdir())
+    model: Any = model_without_weights(config) if bare else model_of(config)
+    peft_config, examples = lora_config(config), [*train, *held_out]
+    text = f"{type(model).__name__}, {model.num_parameters():,} parameters"
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocabulary:
+        raise ValueError(
+            f"tokenizer: want at most the model's {vocabulary} tokens, got {len(tokenizer)}; is it its own?"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(e.prompt_ids) + max(len(e.response_ids), config.max_new_tokens) for e in examples)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"want rows of at most {positions} positions, got {longest}; lower max_length or max_new_tokens"
+        )
+    if bare:
+        return model, f"{text}, of config.json alone: no weights to score with"
+    if training[0].fused == "off":
+        return model, text
+    try:
+        probe_head(model if peft_config is None else add_adapter(model, peft_config, seed=config.seed))
+    except ValueError as refusal:
+        if training[0].fused == "on":
+            raise
+        return model, f"{text}; fused='auto' will take its logits ({one_line(refusal)})"
+    return model, f"{text}, scores through its output head"
+
+
+def _check_memory(
+    config: SelfPlayConfig, training: list[Any], *, gpu_memory: str | None, examples: list[Example]
+) -> tuple[Any, str]:
+    import torch
+
+    from tspin.fitting import MemoryCheck, parse_memory
+
+    iteration = max(range(len(training)), key=lambda t: len(training[t].members_at(t)))
+    args, size = training[iteration], None if gpu_memory is None else parse_memory(gpu_memory)
+    if size is None and not args.use_cpu and torch.cuda.is_available():
+        size = torch.cuda.get_device_properties(0).total_memory
+    if gpu_memory is not None and not args.fp16 and config.training_at(iteration).get("bf16") is None:
+        args.bf16 = True  # the default on a GPU, which may not be this machine's
+    response = max([config.max_new_tokens, *(len(e.response_ids) for e in examples)])
+    prompt = max([len(e.prompt_ids) for e in examples] or [args.max_length - response, 1])
+    check = MemoryCheck(config, args, iteration, prompt, response, size)
+    print(*check.table(), sep="\n")
+    return check, check.verdict()
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Tokens as the tokenizer names them, separated by bars, special ones in [[ ]]; the middle of a long list left out."""
+    names = [
+        f"[[{name}]]" if token in tokenizer.all_special_ids else str(name).replace("\n", "\\n")
+        for token, name in zip(ids, tokenizer.convert_ids_to_tokens(list(ids)))
+    ]
+    return " | ".join(names if len(names) <= 48 else [*names[:32], "...", *names[-16:]])
