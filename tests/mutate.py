@@ -130,11 +130,11 @@ MUTATIONS = [
     Mutation(
         "9 bias gradient of the last block of tokens only",
         BLOCKS,
-        "grads.bias[c0:c1] += column_sums",
-        "grads.bias[c0:c1] = column_sums",
+        "dbias += column_sums if",
+        "dbias[:] = column_sums if",
     ),
     Mutation("9 bias left out of the logits", PLAIN, "z = z + bias.to(dtype)", "pass", only="torch-cpu"),
-    Mutation("9 bias gradient ignores the softcap", BLOCKS, "dlogits.sum(0, dtype", "dlogits.neg().sum(0, dtype"),
+    Mutation("9 bias gradient ignores the softcap", BLOCKS, "logits.sum(0, dtype", "logits.neg().sum(0, dtype"),
     Mutation("9 dW of a frozen head computed", TOKENS, "grad and weight.requires_grad", "grad", "test_memory.py"),
     Mutation(
         "9 dW of a frozen head computed by the loss",
@@ -153,8 +153,8 @@ MUTATIONS = [
     Mutation(
         "10 float16 gradient not rescaled",
         BLOCKS,
-        "if head.compute_dtype == torch.float16:",
-        "if False:",
+        "if dtype != torch.float16:",
+        "if True:",
         "test_precision.py",
     ),
     # 11. The compiler
@@ -261,7 +261,7 @@ MUTATIONS = [
         "part.weight.to(head.compute_dtype), c0 == 0,",
         "part.weight.to(head.compute_dtype), True,",
     ),
-    Mutation("dweight of the last token block only", BLOCKS, "r0 == 0 and (fresh or total is not out)", "True"),
+    Mutation("dweight of the last token block only", BLOCKS, "rows, r0 == 0,", "rows, True,"),
     Mutation(
         "targets not checked",
         OPS,
@@ -438,7 +438,7 @@ MUTATIONS = [
         "to_front(is_dense, None)",
         "test_filter.py",
     ),
-    Mutation("filter: bias' gradient left out", FILTER, "grads.bias.add_(", "grads.bias.add(", "test_filter.py"),
+    Mutation("filter: bias' gradient left out", FILTER, "grads.bias, unscale", "None, unscale", "test_filter.py"),
     Mutation(
         "filter: float16 not scaled back",
         FILTER,

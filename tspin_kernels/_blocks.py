@@ -31,9 +31,8 @@ class RowStats(NamedTuple):
     logprobs: Tensor
     entropy: Tensor | None
 
-    def take(self, index: Tensor) -> "RowStats":
-        entropy = None if self.entropy is None else self.entropy[index]
-        return RowStats(self.m[index], self.log_s[index], self.logprobs[index], entropy)
+    def take(self, rows: Tensor | slice) -> "RowStats":
+        return RowStats(*(None if values is None else values[rows] for values in self))  # pyright: ignore[reportArgumentType]
 
 
 class Upstream(NamedTuple):
@@ -42,6 +41,9 @@ class Upstream(NamedTuple):
     logprobs: Tensor | None
     entropy: Tensor | None = None
     logsumexp: Tensor | None = None
+
+    def take(self, rows: Tensor | slice) -> "Upstream":
+        return Upstream(*(None if values is None else values[rows] for values in self))
 
 
 class Gradients(NamedTuple):
@@ -260,66 +262,80 @@ def compute_gradients(
     `compute_stats` and is destroyed; without it they are made again.
     """
     N, targets = targets.shape[0], targets - head.start
-    unscale = None
-    if head.compute_dtype == torch.float16:
-        upstream, unscale = rescale(upstream)
+    upstream, unscale = rescale(upstream, head.compute_dtype)
     row_steps, col_steps = _steps(N, blocks.rows), _steps(head.V, blocks.cols)
     if blocks.tokens_inner:
         order = [(row, col) for col in col_steps for row in row_steps]
     else:
         order = [(row, col) for row in row_steps for col in col_steps]
-
-    def accumulator(out: Tensor | None, products: int, step: int, whole: bool) -> Tensor | None:
-        # None where `out` itself takes the sum.
-        if out is None or out.dtype not in _NARROW or (products == 1 and unscale is None):
-            return None
-        return out.new_empty(out.shape[0] if whole else min(step, out.shape[0]), out.shape[1], dtype=torch.float32)
-
-    dhidden_sum = accumulator(grads.hidden, len(col_steps), blocks.rows, whole=blocks.tokens_inner)
-    dweight_sum = accumulator(grads.weight, len(row_steps), blocks.cols, whole=not blocks.tokens_inner)
+    dhidden = _Sum(grads.hidden, len(col_steps), blocks.rows, blocks.tokens_inner, True, unscale)
+    dweight = _Sum(grads.weight, len(row_steps), blocks.cols, not blocks.tokens_inner, fresh, unscale)
     buffer = _Buffer(head, min(blocks.rows, N), blocks.cols, store)
     for (r0, r1), (c0, c1) in order:
-        part = head.columns(c0, c1)
+        part, block = head.columns(c0, c1), slice(r0, r1)
         rows = take(hidden, index, r0, r1).to(head.compute_dtype)
         logits = buffer.block(r0, r1, c0, c1)
         if store is None:
             part.project(rows, logits)
-        head.rows.dlogits_(
-            logits,
-            part.bias,
-            targets[r0:r1] - c0,
-            stats.m[r0:r1],
-            stats.log_s[r0:r1],
-            None if stats.entropy is None or upstream.entropy is None else stats.entropy[r0:r1],
-            *(None if gradient is None else gradient[r0:r1] for gradient in upstream),
-            head.transform,
-        )
+        dbias = None if grads.bias is None else grads.bias[c0:c1]
+        form_dlogits(part, logits, targets[block] - c0, stats.take(block), upstream.take(block), dbias, unscale)
         dlogits = logits.to(head.compute_dtype)
-        if grads.hidden is not None:
-            out = grads.hidden[r0:r1]
-            total = (
-                out if dhidden_sum is None else dhidden_sum[r0:r1] if blocks.tokens_inner else dhidden_sum[: r1 - r0]
-            )
-            add_product(total, dlogits, part.weight.to(head.compute_dtype), c0 == 0, unscale)
-            if total is not out and c1 == head.V:
-                out.copy_(total)
-        if grads.weight is not None:
-            out = grads.weight[c0:c1]
-            total = (
-                out if dweight_sum is None else dweight_sum[: c1 - c0] if blocks.tokens_inner else dweight_sum[c0:c1]
-            )
-            add_product(total, dlogits.T, rows, r0 == 0 and (fresh or total is not out), unscale)
-            if total is not out and r1 == N:
-                out.copy_(total) if fresh else out.add_(total)
-        if grads.bias is not None:
-            column_sums = dlogits.sum(0, dtype=grads.bias.dtype)
-            if unscale is not None:
-                column_sums *= unscale
-            grads.bias[c0:c1] += column_sums
+        dhidden.add(r0, r1, dlogits, part.weight.to(head.compute_dtype), c0 == 0, c1 == head.V)
+        dweight.add(c0, c1, dlogits.T, rows, r0 == 0, r1 == N)
 
 
-def rescale(upstream: Upstream) -> tuple[Upstream, Tensor]:
-    """Times a power of two that brings the largest near one, where float16 keeps its digits; and the inverse of that power."""
+def form_dlogits(
+    head: Head,
+    logits: Tensor,
+    targets: Tensor,
+    stats: RowStats,
+    upstream: Upstream,
+    dbias: Tensor | None,
+    unscale: Tensor | None,
+) -> None:
+    """Turn the products `logits` [N, V] into their gradient, in place, and add its column sums times `unscale` to `dbias` [V].
+
+    `targets` [N] are counted from the first column.
+    """
+    entropy = None if upstream.entropy is None else stats.entropy
+    head.rows.dlogits_(logits, head.bias, targets, stats.m, stats.log_s, entropy, *upstream, head.transform)
+    if dbias is not None:
+        column_sums = logits.sum(0, dtype=dbias.dtype)
+        dbias += column_sums if unscale is None else column_sums * unscale
+
+
+class _Sum:
+    """The sum of one gradient over blocks: made in `out` itself, or in float32 beside it where `out` is narrow.
+
+    `products`: of how many a row of `out` is the sum. `step`: rows of `out` in a block; unless the float32 sum is `whole`, the
+    blocks of one step follow each other. Not `fresh`: the sum is added to what `out` holds. `out` may be None: nothing is made.
+    """
+
+    def __init__(self, out: Tensor | None, products: int, step: int, whole: bool, fresh: bool, unscale: Tensor | None):
+        self.out, self.whole, self.fresh, self.unscale = out, whole, fresh, unscale
+        self.wide: Tensor | None = None
+        if out is not None and out.dtype in _NARROW and (products > 1 or unscale is not None):
+            rows = out.shape[0] if whole else min(step, out.shape[0])
+            self.wide = out.new_empty(rows, out.shape[1], dtype=torch.float32)
+
+    def add(self, start: int, stop: int, a: Tensor, b: Tensor, first: bool, last: bool) -> None:
+        """Add a @ b to the rows from start to stop, `first` and `last` of their products."""
+        if self.out is None:
+            return
+        out = self.out[start:stop]
+        if self.wide is None:
+            add_product(out, a, b, first and self.fresh, self.unscale)
+            return
+        total = self.wide[start:stop] if self.whole else self.wide[: stop - start]
+        add_product(total, a, b, first, self.unscale)
+        if last:
+            out.copy_(total) if self.fresh else out.add_(total)
+
+
+def rescale(upstream: Upstream, dtype: torch.dtype) -> tuple[Upstream, Tensor | None]:
+    """For float16: times a power of two that brings the largest near one, where it keeps its digits; and that power's inverse."""
+    if dtype != torch.float16:
+        return upstream, None
     largest = torch.stack([g.abs().max() for g in upstream if g is not None]).max()
     exponent = torch.where(largest > 0, torch.frexp(largest)[1], 0).clamp(-120, 120)
     scale = torch.ldexp(torch.ones_like(largest), -exponent)

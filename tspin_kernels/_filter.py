@@ -25,6 +25,7 @@ from tspin_kernels._blocks import (
     RowStats,
     Upstream,
     add_product,
+    form_dlogits,
     rescale,
     to_front,
     wide_product,
@@ -132,14 +133,8 @@ def compute_filtered_gradients(
     """
     report = FilterReport() if report is None else report
     (N, V), targets, dtype = store.shape, targets - head.start, head.compute_dtype
-    unscale = None
-    if dtype == torch.float16:
-        upstream, unscale = rescale(upstream)
-    entropy = None if upstream.entropy is None else stats.entropy
-    head.rows.dlogits_(store, head.bias, targets, stats.m, stats.log_s, entropy, *upstream, head.transform)
-    if grads.bias is not None:
-        column_sums = store.sum(0, dtype=grads.bias.dtype)
-        grads.bias.add_(column_sums if unscale is None else column_sums * unscale)
+    upstream, unscale = rescale(upstream, dtype)
+    form_dlogits(head, store, targets, stats, upstream, grads.bias, unscale)
     size = torch.stack([gradient.abs() for gradient in upstream if gradient is not None]).sum(0)
     # What all ranks drop together stays within the tolerance.
     ranks = 1 if head.shard is None else head.shard.ranks

@@ -213,7 +213,7 @@ def run_groups(
         if places.shape[0] < n:
             index, targets, store = index[places], targets[places], None if store is None else store[: places.shape[0]]
             stats = stats.take(places)
-            upstream = Upstream(*(None if t is None else t[places] for t in upstream))
+            upstream = upstream.take(places)
         dhidden = hidden.new_empty(places.shape[0], D, dtype=hidden_dtype) if hidden_gradient else None
         block_grads = Gradients(dhidden, grads.weight, grads.bias)
         if call.filter_tolerance is not None and store is not None:
