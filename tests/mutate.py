@@ -254,6 +254,7 @@ MUTATIONS = [
         "entropy sum not moved to a new maximum", PLAIN, "(u[tile] + moved * s[tile])", "u[tile]", only="torch-cpu"
     ),
     Mutation("targets counted from the first column of all", BLOCKS, "targets[r0:r1] - c0", "targets[r0:r1]"),
+    Mutation("the same in the gradient", BLOCKS, "targets[block] - c0", "targets[block]"),
     Mutation("bias of another block", BLOCKS, "self.bias[start:stop])", "self.bias[: stop - start])"),
     Mutation(
         "dhidden of the last vocabulary block only",
@@ -344,6 +345,13 @@ MUTATIONS = [
         "test_zero_coefficients.py",
     ),
     Mutation("grad_buffer overwritten", OPS, "fresh=new_weight_gradient", "fresh=True", "test_grad_buffer.py"),
+    Mutation(
+        "grad_buffer overwritten by a wide sum",
+        BLOCKS,
+        "if self.fresh else out.add_(total)",
+        "if True else out.add_(total)",
+        "test_grad_buffer.py",
+    ),
     Mutation(
         "grad_buffer and autograd both get it",
         OPS,
