@@ -199,16 +199,19 @@ class Arms:
         return sum(p.nbytes for p in self.trainable)
 
     def gate(self, triplet: Triplet) -> dict[str, str]:
-        """Why implementations are refused: a loss or a gradient that is not that of `naive`."""
-        found = {}
+        """Why implementations are refused: not installed, or a loss or a gradient that is not that of `naive`."""
+        found, refused = {}, {}
         for name in IMPLEMENTATIONS:
-            loss = self.backward(name, triplet).item()
+            try:
+                loss = self.backward(name, triplet).item()
+            except ImportError as error:
+                refused[name] = measure.reason(error)
+                continue
             square = sum(p.grad.double().square().sum() for p in self.trainable if p.grad is not None)
             found[name] = (loss, float(square) ** 0.5)
             self.optimizer.zero_grad()
         # Rounding of hidden states alone: bfloat16 has 8 bits, and three responses cancel in part.
         loss_error, grad_error = (2e-2, 1e-1) if self.device.type == "cuda" else (1e-5, 1e-4)
-        refused = {}
         true = found["naive"]
         for name, (loss, norm) in found.items():
             if not (abs(loss - true[0]) <= loss_error * abs(true[0]) and abs(norm - true[1]) <= grad_error * true[1]):

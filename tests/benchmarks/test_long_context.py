@@ -17,6 +17,7 @@ def _few_rounds(monkeypatch):
 
 
 def test_end_to_end(tmp_path, capsys):
+    pytest.importorskip("trl", reason="every implementation is measured, trl's too")
     common = ["--models", "tiny", "--methods", "full,lora", "--device", "cpu", "--out", str(tmp_path)]
     assert main(["train_step", "--lengths", "64x16,24x24", "--seconds", "2", *common]) == 0
     assert main(["memory", "--ratios", "4", "--caps", "0.002", "--seconds", "60", *common]) == 0
@@ -67,12 +68,23 @@ def test_a_wrong_implementation_is_refused_and_not_measured(tmp_path, monkeypatc
     assert row["ms"] is None and row["peak_gib"] is None
 
 
+def test_an_implementation_that_is_not_installed_is_a_row(tmp_path, monkeypatch):
+    def absent(model, triplet):
+        raise ModuleNotFoundError("No module named 'trl'")
+
+    monkeypatch.setitem(training.IMPLEMENTATIONS, "trl_style", absent)
+    rows = long_context.train_step([("tiny", "full")], [(32, 8)], device=CPU, seconds=1, out=tmp_path / "rows.jsonl")
+    refused = {row["implementation"]: row["refused"] for row in rows}
+    assert "No module named 'trl'" in refused.pop("trl_style") and set(refused.values()) == {None}
+
+
 def test_a_device_without_memory_is_a_row(tmp_path, monkeypatch):
     def full(model, triplet):
         if triplet.tokens > 400:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return training._naive(model, triplet)
 
+    monkeypatch.delitem(training.IMPLEMENTATIONS, "trl_style")
     monkeypatch.setitem(training.IMPLEMENTATIONS, "naive", full)
     common = {"device": CPU, "seconds": 30, "out": tmp_path / "rows.jsonl"}
     step = long_context.train_step([("tiny", "full")], [(400, 8)], **common)
