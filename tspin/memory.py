@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModelForCausalLM, PreTrainedConfig, Trainer
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tspin.model import causal_lm, disable_dropout, head_of
+from tspin.optimizers import OptimizerBytes, optimizer_bytes
 from tspin.prefix import NAME, PrefixLayout, layout_inputs, refusal
 from tspin.tracing import WORK, LiveBytes, Select, assume_no_padding, gpu_attention, head_loss
 
@@ -40,9 +41,6 @@ OPTIMIZER_PHASE = "optimizer"
 BACKWARD_PHASES = ("forward", "loss", _LAST, _BETWEEN, _FIRST)
 _DEPTHS = (3, 4)
 _Phases = dict[str, dict[str, int]]
-# Bytes of optimizer state per trainable element, where the optimizer's package is not at hand to be asked.
-_STATES = {"adamw": 2, "adam": 2, "rmsprop": 1, "lion": 1, "ademamix": 3, "adafactor": 0}
-_PROBE = 4096
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ def predict_memory(
             f"prompt_tokens, response_tokens: want positive lengths, got {prompt_tokens} and {response_tokens}"
         )
     sequential = args.sequential_backward == "on" if sequential is None else sequential
-    optimizer = _optimizer_bytes(args, dtype, gpu)
+    optimizer = optimizer_bytes(args, dtype, gpu)
     loading = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
 
     def trace(config: PreTrainedConfig) -> MemoryPrediction:
@@ -213,7 +211,7 @@ class _Step:
             _enable_checkpointing(model, dict(args.gradient_checkpointing_kwargs or {}))  # type: ignore
         model.train()
 
-    def trace(self, optimizer: _OptimizerBytes) -> dict[str, dict[str, int]]:
+    def trace(self, optimizer: OptimizerBytes) -> dict[str, dict[str, int]]:
         """Bytes by label at the fullest moment of each phase."""
         parameters = list(self.model.parameters())
         trainable = [p for p in parameters if p.requires_grad]
@@ -342,51 +340,6 @@ class _Quantized:
         if not self.saved:
             return terms
         return terms | {FROZEN: terms[FROZEN] - self.saved, "a quantized weight made whole": self.whole}
-
-
-@dataclass(frozen=True)
-class _OptimizerBytes:
-    """Of each trainable element; temporaries are those of all weights together, or of the largest."""
-
-    state: float
-    temporary: float
-    of_all: bool
-
-    def states(self, trainable: Sequence[Tensor]) -> int:
-        return int(self.state * sum(p.numel() for p in trainable))
-
-    def temporaries(self, trainable: Sequence[Tensor]) -> int:
-        sizes = [p.numel() for p in trainable]
-        return int(self.temporary * (sum(sizes) if self.of_all else max(sizes, default=0)))
-
-
-def _optimizer_bytes(args: TSPINConfig, dtype: torch.dtype, gpu: bool) -> _OptimizerBytes:
-    name = str(getattr(args.optim, "value", args.optim))
-    try:
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ImportError, ValueError):
-        kind, options = None, {}
-    if kind is None or not kind.__module__.startswith("torch.optim"):
-        if "paged" in name:
-            return _OptimizerBytes(0.0, 0.0, False)
-        count = next((count for key, count in _STATES.items() if key in name), 2)
-        bits = next((bits for key, bits in (("8bit", 8.25), ("4bit", 4.5)) if key in name), 32)
-        return _OptimizerBytes(count * bits / 8, 0.0, False)
-    # On a GPU torch.optim works on lists of all weights, unless the kernel is fused.
-    of_all = gpu and not options.get("fused")
-    if of_all:
-        options = options | {"foreach": True}
-    weight = nn.Parameter(torch.zeros(_PROBE, dtype=dtype))
-    optimizer = kind([weight], **options)
-    live = LiveBytes()
-    for _ in range(2):
-        weight.grad = torch.zeros_like(weight)
-        live.phase = "before" if not optimizer.state else "step"
-        with live:
-            optimizer.step()
-    state = sum(t.nbytes for t in optimizer.state[weight].values() if isinstance(t, Tensor) and t.numel() == _PROBE)
-    peak = sum(live.peaks().get("step", {}).values()) - state
-    return _OptimizerBytes(state / _PROBE, max(0, peak) / _PROBE, of_all)
 
 
 @contextmanager

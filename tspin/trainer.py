@@ -25,6 +25,7 @@ from tspin.data import MEMBERS, TripletCollator, tokenize_triplets
 from tspin.loading import add_adapter, load_model, warn_of_rounded_steps
 from tspin.metrics import Meter, reduced, triplet_metrics
 from tspin.model import causal_lm, install_scoring, score_batch
+from tspin.optimizers import spare_copies
 from tspin.prefix import share_prompts
 from tspin.scoring import scoring_options, verify_packed_row
 from tspin.sequential import backward_one_by_one
@@ -272,6 +273,14 @@ class TSPINTrainer(Trainer):
                 verify_packed_row(wrapped, batch, core=self.model, reduce=reduce, **self.scoring)
         self._verified = True
         self._sharing.enter_context(share_prompts(causal_lm(self.model)))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As Trainer's, but weights that would fill a GPU's memory a second time as temporaries are stepped one at a time."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not given:
+            spare_copies(optimizer)
+        return optimizer
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list[Batch], Tensor]:
         """The micro-batches of one optimizer step, and how many triplets all ranks keep in it."""
