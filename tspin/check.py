@@ -160,7 +160,7 @@ def _check_memory(
         args.bf16 = True  # the default on a GPU, which may not be this machine's
     response = max([config.max_new_tokens, *(len(e.response_ids) for e in examples)])
     prompt = max([len(e.prompt_ids) for e in examples] or [args.max_length - response, 1])
-    check = MemoryCheck(config, args, iteration, prompt, response, size)
+    check = MemoryCheck.of_run(config, args, iteration, prompt, response, size)
     print(*check.table(), sep="\n")
     return check, check.verdict()
 

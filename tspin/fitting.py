@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from tspin.loading import lora_config
-from tspin.memory import BACKWARD_PHASES, FROZEN, OPTIMIZER_PHASE, WEIGHTS, Context, MemoryPrediction, predict_memory
+from tspin.memory import BACKWARD_PHASES, OPTIMIZER_PHASE, Context, MemoryPrediction, predict_memory
 from tspin.model import causal_lm, head_of
 from tspin.prefix import NAME
 
@@ -37,6 +37,14 @@ def parse_memory(text: str) -> int:
     return int(float(match[1]) * 2**30)
 
 
+def gpu_memory(device: torch.device) -> int | None:
+    """Bytes of a CUDA GPU that this process may take; None for another device."""
+    if device.type != "cuda":
+        return None
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return int(share * torch.cuda.get_device_properties(device).total_memory)
+
+
 def longest_context(
     config: PreTrainedConfig, args: TSPINConfig, *, gpu_memory: int, prompt_per_response: float = 8.0, **options: Any
 ) -> Context | None:
@@ -45,7 +53,8 @@ def longest_context(
     gpu_memory: bytes of the GPU. prompt_per_response: tokens of the prompt by tokens of each response. options: of
     `predict_memory`. Never longer than the positions that the model has.
     """
-    usable, members = USABLE * gpu_memory, len(args.members_at(options.get("iteration", 1)))
+    usable = USABLE * gpu_memory
+    members = options.get("members") or len(args.members_at(options.get("iteration", 1)))
 
     def context(prompt: int) -> Context:
         return Context(prompt, (max(1, round(prompt / prompt_per_response)),) * members)
@@ -80,48 +89,6 @@ def longest_context(
     return context(low)
 
 
-def joint_pass_fits(
-    model: nn.Module,
-    args: TSPINConfig,
-    longest_prompt: int,
-    longest_responses: Sequence[int],
-    available: int,
-    *,
-    sharing: bool = True,
-    gpu: bool = True,
-) -> bool:
-    """Whether one backward through whole micro-batches fits beside the loaded model; else take one response at a time.
-
-    Args:
-        model: as the trainer has it, with its adapter, before the first step, so without optimizer states.
-        args: of the trainer.
-        longest_prompt, longest_responses: tokens of the prompt and of each member, at their longest.
-        available: bytes that may still be allocated: on CUDA `torch.cuda.mem_get_info()[0]` and what the allocator has
-            reserved but not given out.
-        sharing: whether prompts are shared. gpu: False where the model runs on the CPU.
-    """
-    core = causal_lm(model)
-    config = copy.deepcopy(core.config)
-    vars(config).pop("quantization_config", None)
-    attention = config._attn_implementation
-    adapters: Any = getattr(model, "peft_config", None)
-    prediction = predict_memory(
-        config,
-        args,
-        prompt_tokens=longest_prompt,
-        response_tokens=longest_responses,
-        members=len(longest_responses),
-        dtype=head_of(model).weight.dtype,
-        peft_config=None if adapters is None else adapters[model.active_adapter],  # type: ignore[index]
-        attn_implementation="sdpa" if attention == NAME else attention,
-        sharing=sharing,
-        sequential=False,
-        gpu=gpu,
-    )
-    loaded = prediction.terms.get(WEIGHTS, 0) + prediction.terms.get(FROZEN, 0)
-    return prediction.peak - loaded <= USABLE * available
-
-
 def read_model_config(config: SelfPlayConfig) -> PreTrainedConfig:
     """config.json of the model that a run names, without its weights. Raises ValueError."""
     name, revision = config.model_name_or_path, config.model_revision or "main"
@@ -140,42 +107,80 @@ def model_without_weights(config: SelfPlayConfig) -> PreTrainedModel:
 
 
 class MemoryCheck:
-    """The prediction for a run's config, at the lengths of its data.
+    """The prediction for the longest triplet of a training run, against a GPU.
 
     Args:
-        config: of the run. args: of the iteration that scores most members, which is `iteration`.
-        prompt, response: tokens of the longest of each.
+        model: its config.
+        args: of the trainer.
+        context: tokens of the longest triplet.
         gpu_memory: bytes; None predicts for the CPU.
+        adapter: what `use_peft` would train, for a remedy; None where that is no choice.
+        options: of `predict_memory`, but `gpu`.
     """
 
     def __init__(
         self,
+        model: PreTrainedConfig,
+        args: TSPINConfig,
+        context: Context,
+        gpu_memory: int | None,
+        *,
+        adapter: Any = None,
+        **options: Any,
+    ) -> None:
+        self.model, self.args, self.context, self.gpu_memory, self.adapter = model, args, context, gpu_memory, adapter
+        self.options = {"peft_config": None, "quantization": "none"} | options | {"gpu": gpu_memory is not None}
+        self.prediction = self._predict(args, self.options)
+
+    @classmethod
+    def of_run(
+        cls,
         config: SelfPlayConfig,
         args: TSPINConfig,
         iteration: int,
         prompt: int,
         response: int,
         gpu_memory: int | None,
-    ) -> None:
-        self.gpu_memory = gpu_memory
-        self.args, self.prompt, self.response = args, prompt, response
-        self.model = read_model_config(config)
-        self.options: dict[str, Any] = {
-            "dtype": getattr(torch, config.torch_dtype),
-            "peft_config": lora_config(config),
-            "quantization": config.quantization,
-            "attn_implementation": config.attn_implementation,
-            "trust_remote_code": config.trust_remote_code,
-            "iteration": iteration,
-            "sharing": args.prefix_sharing != "off",
-            "gpu": gpu_memory is not None,
-        }
-        self.run_config = config
-        self.prediction = self._predict(args, self.options)
+    ) -> MemoryCheck:
+        """For a run's config, without its weights. args: of the iteration that scores most members, which is `iteration`."""
+        return cls(
+            read_model_config(config),
+            args,
+            Context(prompt, (response,) * len(args.members_at(iteration))),
+            gpu_memory,
+            adapter=lora_config(replace(config, use_peft=True)),
+            dtype=getattr(torch, config.torch_dtype),
+            peft_config=lora_config(config),
+            quantization=config.quantization,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+            sharing=args.prefix_sharing != "off",
+        )
+
+    @classmethod
+    def of_model(
+        cls, model: nn.Module, args: TSPINConfig, context: Context, gpu_memory: int | None, **options: Any
+    ) -> MemoryCheck:
+        """For a model as the trainer has it, with its adapter."""
+        core = causal_lm(model)
+        config = copy.deepcopy(core.config)
+        quantized: Any = vars(config).pop("quantization_config", None)
+        attention, adapters = config._attn_implementation, getattr(model, "peft_config", None)
+        return cls(
+            config,
+            args,
+            context,
+            gpu_memory,
+            dtype=head_of(model).weight.dtype,
+            peft_config=None if adapters is None else adapters[model.active_adapter],  # type: ignore[index]
+            quantization="none" if quantized is None else "nf4" if quantized.load_in_4bit else "int8",
+            attn_implementation="sdpa" if attention == NAME else attention,
+            **options,
+        )
 
     def _predict(self, args: TSPINConfig, options: dict[str, Any]) -> MemoryPrediction:
-        lengths = {"prompt_tokens": self.prompt, "response_tokens": self.response}
-        return predict_memory(self.model, args, **lengths, **options)
+        lengths = {"prompt_tokens": self.context.prompt, "response_tokens": self.context.responses}
+        return predict_memory(self.model, args, **lengths, members=len(self.context.responses), **options)
 
     @property
     def fits(self) -> bool:
@@ -189,25 +194,36 @@ class MemoryCheck:
         lines = [f"    {_size(size)}  {term}" for term, size in terms]
         return [*lines, f"    {_size(p.peak)}  at the peak, in the {p.fullest}"]
 
+    def need(self) -> str:
+        """The peak, and of what, in words."""
+        p, responses = self.prediction, self.context.responses
+        rows = "one response at a time" if p.sequential else "one row a triplet" if p.shared else "a row a response"
+        lengths = " to ".join(map(str, sorted({min(responses), max(responses)})))
+        text = f"{_size(p.peak).strip()} for a prompt of {self.context.prompt} and {len(responses)} responses of "
+        return f"{text}{lengths} tokens, {rows}"
+
     def verdict(self) -> str:
         """The peak against the GPU in one line. Raises ValueError, with the remedies, where it does not fit."""
-        p = self.prediction
-        rows = "one response at a time" if p.sequential else "one row a triplet" if p.shared else "a row a response"
-        text = f"{_size(p.peak).strip()} for a prompt of {self.prompt} and {len(p.context.responses)} responses "
-        text += f"of {self.response} tokens, {rows}"
         if self.gpu_memory is None:
-            return text
+            return self.need()
         usable = f"{_size(int(USABLE * self.gpu_memory)).strip()} that tensors get of {_size(self.gpu_memory).strip()}"
+        longest = self._longest(self.args, self.options)
         if self.fits:
-            return f"{text}, within the {usable}; {self._longest(self.args, self.options)}"
+            return f"{self.need()}, within the {usable}; {longest}"
+        raise ValueError(f"want at most the {usable}, got {self.need()}{self.advice()}; {longest}")
+
+    def advice(self) -> str:
+        """The remedies as the end of a sentence; empty where there is none."""
         remedies = [f"{keys} ({_size(peak).strip()})" for keys, peak in self.remedies()]
-        advice = "; together with what comes before: " + ", then ".join(remedies) if remedies else ""
-        raise ValueError(f"want at most the {usable}, got {text}{advice}; {self._longest(self.args, self.options)}")
+        return "; what would help, each with those before it: " + ", then ".join(remedies) if remedies else ""
 
     def _longest(self, args: TSPINConfig, options: dict[str, Any]) -> str:
         assert self.gpu_memory is not None
-        ratio = self.prompt / self.response
-        found = longest_context(self.model, args, gpu_memory=self.gpu_memory, prompt_per_response=ratio, **options)
+        members = len(self.context.responses)
+        ratio = self.context.prompt / max(self.context.responses)
+        found = longest_context(
+            self.model, args, gpu_memory=self.gpu_memory, prompt_per_response=ratio, members=members, **options
+        )
         if found is None:
             return "no context fits"
         return f"longest at this ratio: a prompt of {found.prompt} and responses of {found.responses[0]}"
@@ -223,7 +239,7 @@ class MemoryCheck:
             tried, changed = copy.copy(args), dict(options)
             for key, value in lever.keys.items():
                 if key == "use_peft":
-                    changed["peft_config"] = lora_config(replace(self.run_config, use_peft=True))
+                    changed["peft_config"] = self.adapter
                 elif key == "quantization":
                     changed[key] = value
                 else:
@@ -254,8 +270,9 @@ class MemoryCheck:
             if "8bit" not in name:
                 eight = "rmsprop_bnb_8bit" if "rmsprop" in name else "adamw_bnb_8bit"
                 yield _Lever({"optim": eight}, (*BACKWARD_PHASES, OPTIMIZER_PHASE))
-            yield _Lever({"use_peft": True}, (*BACKWARD_PHASES, OPTIMIZER_PHASE))
-        if self.options["quantization"] == "none":
+            if self.adapter is not None:
+                yield _Lever({"use_peft": True}, (*BACKWARD_PHASES, OPTIMIZER_PHASE))
+        if self.options["quantization"] == "none" and (self.adapter or self.options["peft_config"]) is not None:
             yield _Lever({"quantization": "nf4"}, (*BACKWARD_PHASES, OPTIMIZER_PHASE))
 
 

@@ -119,6 +119,9 @@ def load_tokenizer(
         )
     except Exception as error:
         raise ValueError(f"tokenizer_name_or_path: cannot load a tokenizer from {name_or_path!r}: {error}") from error
+    # transformers makes an empty tokenizer of a directory that has a config.json but no tokenizer.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(f"tokenizer_name_or_path: want the files of a tokenizer, {name_or_path!r} has none; add them")
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer_name_or_path: want a tokenizer with an end token, {name_or_path!r} has none; set eos_token in "

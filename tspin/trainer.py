@@ -22,7 +22,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
 from tspin.data import MEMBERS, TripletCollator, tokenize_triplets
+from tspin.fitting import MemoryCheck, gpu_memory
 from tspin.loading import add_adapter, load_model, warn_of_rounded_steps
+from tspin.memory import Context
 from tspin.metrics import Meter, reduced, triplet_metrics
 from tspin.model import causal_lm, install_scoring, score_batch
 from tspin.optimizers import spare_copies
@@ -37,6 +39,10 @@ Batch = dict[str, Any]
 
 class NonFiniteLossError(ValueError):
     """The loss became nan or inf; the weights and the last checkpoint are those before that step."""
+
+
+class StepTooLargeError(ValueError, torch.OutOfMemoryError):
+    """A step did not fit the GPU; the message says which keys make it smaller. A run goes on from its last checkpoint."""
 
 
 @dataclass
@@ -185,7 +191,7 @@ class TSPINTrainer(Trainer):
         iteration: of the loop, from 0; it chooses between beta and beta_first_iteration.
     Raises:
         ValueError: a model that cannot be scored exactly, missing columns, reference methods without references.
-        NonFiniteLossError: from train(), naming the step.
+        NonFiniteLossError, StepTooLargeError: from train(), naming the step.
     """
 
     model: nn.Module
@@ -246,8 +252,37 @@ class TSPINTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train; ValueError from the first batch where a row that shares its prompt differs from separate rows."""
+        if self.args.sequential_backward == "auto":
+            self.sequential = self._joint_pass_is_too_large()
         with self._sharing_prompts():
             return super().train(*args, **kwargs)
+
+    def _memory_check(self) -> MemoryCheck | None:
+        """The prediction for the longest triplet of the training set; None where there is no GPU of one's own or no prediction."""
+        size = gpu_memory(self.args.device)
+        if size is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None
+        names = [f"{name}_ids" for name in ("prompt", *self.members)]
+        rows: Any = self.train_dataset
+        lengths = ([len(row[name]) for name in names] for row in rows)
+        prompt, *responses = max(lengths, key=sum if self.sharing else lambda row: row[0] + max(row[1:]))
+        try:
+            return MemoryCheck.of_model(
+                self.model, self.args, Context(prompt, tuple(responses)), size, sharing=self.sharing
+            )
+        except Exception as error:  # of a model's own code, on tensors without data
+            logger.warning("the memory of a step cannot be predicted for %s: %s", type(self.model).__name__, error)
+            return None
+
+    def _joint_pass_is_too_large(self) -> bool:
+        check = self._memory_check()
+        # The same on all ranks, and after a restart: the GPU's size counts, not what happens to be free.
+        misfits: Any = self.accelerator.reduce(
+            torch.tensor(int(check is not None and not check.fits)).to(self.args.device)
+        )
+        if misfits:
+            logger.warning("sequential_backward: one response at a time, as a whole batch would not fit the GPU")
+        return bool(misfits)
 
     @contextmanager
     def _sharing_prompts(self) -> Iterator[None]:
@@ -339,7 +374,15 @@ class TSPINTrainer(Trainer):
         return (loss, sequences) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            check = self._memory_check()
+            if check is None:
+                raise
+            raise StepTooLargeError(
+                f"out of memory in step {self.state.global_step + 1}; predicted {check.need()}{check.advice()}"
+            ) from error
         # Summed over ranks, so that all of them stop before the weights are touched.
         total: Any = self.accelerator.reduce(loss, "sum")
         if not torch.isfinite(total):

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tspin import cli
 from tspin.config import SelfPlayConfig
-from tspin.fitting import USABLE, MemoryCheck, joint_pass_fits, longest_context, parse_memory
+from tspin.fitting import USABLE, MemoryCheck, longest_context, parse_memory
 from tspin.loading import add_adapter, lora_config
-from tspin.memory import predict_memory
+from tspin.memory import Context, predict_memory
 from tspin.trainer import TSPINConfig
 
 SMALL = LlamaConfig(
@@ -63,7 +63,7 @@ def test_the_levers_lengthen_the_context(tmp_path):
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
-def test_the_joint_pass_fits_at_its_own_peak_and_not_below(tmp_path, adapted):
+def test_a_model_fits_at_its_own_peak_and_not_below(tmp_path, adapted):
     config = SelfPlayConfig.from_dict(
         {
             "model_name_or_path": "x",
@@ -77,10 +77,9 @@ def test_the_joint_pass_fits_at_its_own_peak_and_not_below(tmp_path, adapted):
     model = AutoModelForCausalLM.from_config(SMALL)
     model = add_adapter(model, adapter, seed=0) if adapted else model
     peak = predict_memory(SMALL, args, prompt_tokens=256, response_tokens=(64, 32, 48), peft_config=adapter).peak
-    loaded = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    edge = (peak - loaded) / USABLE
-    assert joint_pass_fits(model, args, 256, (64, 32, 48), int(edge * 1.01))
-    assert not joint_pass_fits(model, args, 256, (64, 32, 48), int(edge * 0.99))
+    edge = peak / USABLE
+    for gpu_memory, fits in ((int(edge * 1.01), True), (int(edge * 0.99), False)):
+        assert MemoryCheck.of_model(model, args, Context(256, (64, 32, 48)), gpu_memory).fits == fits
 
 
 def run_config(path, **values) -> SelfPlayConfig:
@@ -93,7 +92,7 @@ def test_remedies_are_predictions_and_end_where_it_fits(tmp_path):
     SMALL.save_pretrained(tmp_path)
     config = run_config(tmp_path)
     args = TSPINConfig(output_dir="x", **config.training_at(1))
-    check = MemoryCheck(config, args, 1, 256, 64, 24 * MIB)
+    check = MemoryCheck.of_run(config, args, 1, 256, 64, 24 * MIB)
     assert not check.fits
     remedies = list(check.remedies())
     peaks = [check.prediction.peak, *(peak for _, peak in remedies)]

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerState
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerState
 
-from tspin import loop, storage
+from tspin import loop, storage, trainer
 from tspin.config import SelfPlayConfig
 from tspin.generate import derived_seed
 from tspin.loading import load_model
@@ -335,6 +335,23 @@ def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_later(finished, toy, t
     with pytest.raises(ValueError, match=r"no space left on the device.*run the same command again"):
         SelfPlay(config).run()
     monkeypatch.setattr(os, "fsync", real)
+    SelfPlay(config).run()
+    assert outcome(tmp_path / "run") == outcome(finished("tspin").output_dir)
+
+
+def test_a_step_that_does_not_fit_names_the_remedies_and_the_run_goes_on_later(finished, toy, tmp_path, monkeypatch):
+    config, real, calls = toy_config(toy, tmp_path / "run", method="tspin"), Trainer.training_step, []
+
+    def training_step(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(*args)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    monkeypatch.setattr(trainer, "gpu_memory", lambda device: 2**40)
+    with pytest.raises(ValueError, match=r"^out of memory in step 5; predicted .* per_device_train_batch_size: 1, "):
+        SelfPlay(config).run()
     SelfPlay(config).run()
     assert outcome(tmp_path / "run") == outcome(finished("tspin").output_dir)
 

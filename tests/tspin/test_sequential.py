@@ -1,18 +1,22 @@
 """The backward one response at a time gives what the joint pass gives, in the memory of one response."""
 
+import re
 from collections import Counter
 
 import pytest
 import torch
 from peft import LoraConfig
-from test_trainer import V, build, parameters, train, triplets
+from test_trainer import BARE, QUIET, V, build, parameters, train, triplets
 from transformers import Trainer
 
-from tspin.data import TripletCollator
+import tspin.trainer
+from tspin.data import MEMBERS, TripletCollator
+from tspin.fitting import USABLE, MemoryCheck
 from tspin.loading import add_adapter
+from tspin.memory import Context
 from tspin.model import install_scoring, score_batch
 from tspin.sequential import backward_one_by_one, one_by_one
-from tspin.trainer import TSPINConfig, TSPINTrainer
+from tspin.trainer import StepTooLargeError, TSPINConfig, TSPINTrainer
 
 CASES = {method: {"method": method} for method in ("tspin", "tspin_no_history", "tspin_ref", "spin", "sft")} | {
     "regularised": {"entropy_coef": 0.3, "sft_coef": 0.2, "logp_reduction": "mean"},
@@ -132,3 +136,55 @@ def test_deepspeed_is_refused(tmp_path, monkeypatch):
     args = TSPINConfig(output_dir=str(tmp_path), use_cpu=True, sequential_backward="on")
     with pytest.raises(ValueError, match=r"sequential_backward: want 'off' with DeepSpeed.*FSDP2"):
         TSPINTrainer(build(), args, triplets(2))
+
+
+def prediction(rows, **options) -> MemoryCheck:
+    args = TSPINConfig(output_dir="x", **QUIET | BARE | options)
+    longest = max(rows, key=lambda row: sum(len(row[f"{name}_ids"]) for name in ("prompt", *MEMBERS)))
+    context = Context(len(longest["prompt_ids"]), tuple(len(longest[f"{name}_ids"]) for name in MEMBERS))
+    return MemoryCheck.of_model(build(), args, context, 1, sharing=options.get("prefix_sharing") != "off")
+
+
+@pytest.mark.parametrize("options", [{}, {"prefix_sharing": "off"}, {"per_device_train_batch_size": 3}])
+def test_auto_takes_one_response_at_a_time_just_where_the_longest_triplets_would_not_fit(
+    tmp_path, monkeypatch, caplog, options
+):
+    rows = triplets(7)
+    rows[3]["prompt_ids"] *= 20
+    check = prediction(rows, **options)
+    for gpu_memory, one_at_a_time in ((1.01, False), (0.99, True)):
+        size = int(gpu_memory * check.prediction.peak / USABLE)
+        monkeypatch.setattr(tspin.trainer, "gpu_memory", lambda device, size=size: size)
+        points, _, trainer = train(tmp_path, rows, **options)
+        assert trainer.sequential == one_at_a_time == ("one response at a time" in caplog.text)
+    joint, _, trainer = train(tmp_path, rows, **options, sequential_backward="off")
+    assert not trainer.sequential
+    torch.testing.assert_close(points, joint, rtol=1e-6, atol=1e-6)
+
+
+def test_where_no_prediction_can_be_made_the_pass_is_joint(tmp_path, monkeypatch, caplog):
+    def unknown(*args, **options):
+        raise KeyError("model_type")
+
+    monkeypatch.setattr(tspin.trainer, "gpu_memory", lambda device: 1)
+    monkeypatch.setattr(MemoryCheck, "of_model", unknown)
+    _, _, trainer = train(tmp_path, triplets(4))
+    assert not trainer.sequential and "cannot be predicted for LlamaForCausalLM: 'model_type'" in caplog.text
+
+
+@pytest.mark.parametrize("size", [None, 2**30])
+def test_a_step_without_memory_names_the_remedies_where_they_are_known(tmp_path, monkeypatch, size):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Trainer, "training_step", full)
+    monkeypatch.setattr(tspin.trainer, "gpu_memory", lambda device: size)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        train(tmp_path, triplets(4))
+    assert isinstance(caught.value, StepTooLargeError) == (size is not None)
+    if size:
+        assert re.match(
+            r"out of memory in step 1; predicted [\d.]+ MiB for a prompt of 4 and 3 responses of 3 to 4 tokens, one row a "
+            r"triplet; what would help, each with those before it: per_device_train_batch_size: 1, ",
+            str(caught.value),
+        )
