@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tspin.config import SelfPlayConfig
+    from tspin.data import TripletCollator
     from tspin.loop import SelfPlay
+    from tspin.prefix import layout_inputs, share_prompts
     from tspin.trainer import TSPINConfig, TSPINTrainer
 
 _HOMES = {
@@ -13,8 +15,19 @@ _HOMES = {
     "SelfPlayConfig": "tspin.config",
     "TSPINConfig": "tspin.trainer",
     "TSPINTrainer": "tspin.trainer",
+    "TripletCollator": "tspin.data",
+    "layout_inputs": "tspin.prefix",
+    "share_prompts": "tspin.prefix",
 }
-__all__ = ["SelfPlay", "SelfPlayConfig", "TSPINConfig", "TSPINTrainer"]
+__all__ = [
+    "SelfPlay",
+    "SelfPlayConfig",
+    "TSPINConfig",
+    "TSPINTrainer",
+    "TripletCollator",
+    "layout_inputs",
+    "share_prompts",
+]
 
 
 def __getattr__(name: str):
