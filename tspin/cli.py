@@ -126,10 +126,11 @@ def _keys_help() -> str:
 
 def _config(args: argparse.Namespace, words: list[str], *required: str, **defaults: Any) -> SelfPlayConfig:
     values = defaults | read_values(args.config, words)
+    config = SelfPlayConfig.from_dict(values)
     for key in required:
         if values.get(key) is None:
             raise ValueError(f"{key} is required: set it in the config file or give --{key} VALUE")
-    return SelfPlayConfig.from_dict(values)
+    return config
 
 
 def _demo(args: argparse.Namespace, words: list[str]) -> int | None:

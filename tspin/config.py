@@ -121,13 +121,12 @@ class SelfPlayConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> SelfPlayConfig:
         """The config of flat keys, loop and training keys side by side."""
         loop = loop_fields()
+        # A misspelt key first: it may be the one that is missing.
+        training = {key: _coerce_training(key, value) for key, value in values.items() if key not in loop}
         missing = [key for key, f in loop.items() if f.default is _REQUIRED and key not in values]
         if missing:
             raise ValueError(f"{missing[0]} is required: set it in the config file or give --{missing[0]} VALUE")
-        return cls(
-            **{key: value for key, value in values.items() if key in loop},
-            training={key: value for key, value in values.items() if key not in loop},
-        )
+        return cls(**{key: value for key, value in values.items() if key in loop}, training=training)
 
     def to_dict(self) -> dict[str, Any]:
         """Flat and YAML-safe: every loop key in the order of the class, then the given training keys by name."""
@@ -277,7 +276,7 @@ def _coerce_training(key: str, value: Any) -> Any:
         raise ValueError(f"{key} may not be set: {why}")
     hints = _training_hints()
     if key not in hints:
-        close = difflib.get_close_matches(key, [*loop_fields(), *hints], n=1)
+        close = difflib.get_close_matches(key, [*loop_fields(), *hints, "config"], n=1)
         suggestion = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"unknown key {key!r}{suggestion} (`tspin run --help` lists the keys)")
     if isinstance(value, str) and value.startswith("["):

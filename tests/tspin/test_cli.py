@@ -93,7 +93,9 @@ def test_help_of_run_lists_every_key_once_with_its_default(capsys):
     [
         ([], ["COMMAND", "--help"]),
         (["fly"], ["fly", "demo"]),
-        (["run"], ["output_dir is required"]),
+        (["run"], ["model_name_or_path is required"]),
+        (["run", "--model_name_or_path", "m", "--dataset", "d"], ["output_dir is required"]),
+        (["run", "--model_nam", "m"], ["did you mean model_name_or_path"]),
         (["run", "--output_dir", "x"], ["model_name_or_path is required"]),
         (
             ["run", "--output_dir", "x", "--model_name_or_path", "m", "--dataset", "d", "--iteratons", "2"],
@@ -101,7 +103,7 @@ def test_help_of_run_lists_every_key_once_with_its_default(capsys):
         ),
         (["run", "--config", "absent.yaml"], ["absent.yaml"]),
         (["run", "stray"], ["--key value", "stray"]),
-        (["run", "--conf", "x"], ["output_dir"]),
+        (["run", "--conf", "x"], ["unknown key 'conf'", "config?"]),
         (["train", "--output_dir", "x"], ["--triplets"]),
         (["train", "--triplets", "t", "--iteration", "x"], ["--iteration"]),
         (["eval", "--model_name_or_path", "m"], ["eval_dataset is required"]),
