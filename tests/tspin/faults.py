@@ -153,7 +153,7 @@ class Warm:
         gc.freeze()
 
     def command(self, directory: Path, fatal: list | None = None, after: float | None = None) -> tuple[int, str]:
-        """The exit code of `tspin run` (1: not an error of the user's) and what it printed; killed at `fatal` or `after` seconds."""
+        """The exit code of a run (1: no error of the user's) and what it printed; killed at `fatal` or `after` seconds."""
         log, began = directory.with_suffix(".log"), time.perf_counter()
         child = os.fork()
         if child == 0:
