@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import pyarrow as pa
@@ -25,10 +26,11 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
+from transformers import PreTrainedModel, ProgressCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from tspin import storage
+from tspin.checkpoints import Checkpoints, Progress, Sealing, wait_for_everyone
 from tspin.config import SelfPlayConfig
 from tspin.data import Example, TripletCollator, build_triplets, load_examples
 from tspin.evaluate import evaluate, fresh_pairs, generate_answers, read_references, write_references
@@ -55,56 +57,6 @@ class RunResult:
     evaluations: list[dict[str, Any]]
 
 
-def wait_for_everyone() -> None:
-    """A barrier over all processes. Asked for anew each time: TrainingArguments resets accelerate's state."""
-    PartialState().wait_for_everyone()
-
-
-class _Sealing(TrainerCallback):
-    """Seals each checkpoint once it is whole, and keeps metrics.jsonl equal to the log up to the present step.
-
-    Every save is preceded by a log, so that no average runs across a checkpoint; the last step is always saved.
-    Old checkpoints go only after the new one is sealed, so one whole checkpoint exists at any moment.
-    """
-
-    def __init__(self, checkpoints: storage.Checkpoints, metrics: Path, limit: int | None):
-        self.checkpoints, self.metrics, self.limit = checkpoints, metrics, limit
-        self.saved_step = -1
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            storage.write_atomic(self.metrics, storage.json_lines(state.log_history))
-
-    def on_log(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            with open(self.metrics, "ab") as file:
-                file.write(storage.json_lines(state.log_history[-1:]))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_save |= state.global_step >= state.max_steps
-        control.should_log |= control.should_save
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_save &= state.global_step != self.saved_step
-        control.should_log |= control.should_save
-
-    def on_save(self, args, state, control, **kwargs):
-        self.saved_step = state.global_step
-        wait_for_everyone()
-        if state.is_world_process_zero:
-            self.checkpoints.seal(state.global_step, state.max_steps)
-            self.checkpoints.rotate(self.limit)
-        wait_for_everyone()
-
-
-class _Progress(ProgressCallback):
-    """Trainer's progress bar with the loss beside it, in place of every metric on a line of its own."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}")
-
-
 class SelfPlay:
     """The self-play loop of one config; `run` may be called on a directory in any state that a run left behind."""
 
@@ -127,12 +79,15 @@ class SelfPlay:
         self.is_main, self.rank, self.world = state.is_main_process, state.process_index, state.num_processes
         with storage.run_lock(self.directory, self.rank), storage.disk_errors(self.directory):
             self._open()
+            self._survey()
             if self.held_out:
-                initial = self.directory / "eval_initial.json"
-                self._stage("eval_initial", lambda: self._evaluate(0, initial), self._holds("eval_initial", initial))
+                initial, answers = self.directory / "eval_initial.json", self.directory / "eval_initial"
+                is_evaluated = self._holds("eval_initial", initial, answers)
+                self._stage("eval_initial", lambda: self._evaluate(0, initial), is_evaluated)
             for t in range(self.config.iterations):
                 self._iterate(t)
             if self.is_main:
+                self._name_damage()
                 write_report(self.directory)
             wait_for_everyone()
             final = self._at(self.config.iterations - 1) / "model"
@@ -142,11 +97,10 @@ class SelfPlay:
     def _iterate(self, t: int) -> None:
         here, following, args = self._at(t), self._at(t + 1), self._training_args(t)
         is_last, is_sft = t + 1 == self.config.iterations, args.method == "sft"
-        proto, checkpoints = self.directory / "proto", storage.Checkpoints(here / "checkpoints")
-        # What is done is looked at again only while something still needs it.
-        passed = not is_last and f"{following.name}/train" in self.done
-        exported = passed or self._holds(f"{here.name}/model", here / "model")
-        trained = exported or (f"{here.name}/train" in self.done and checkpoints.final() is not None)
+        proto, checkpoints = self.directory / "proto", Checkpoints(here / "checkpoints")
+        if self.is_main:
+            self._restore_metrics(t, checkpoints)
+        exported, trained = self.exported[t], self.trained[t]
         built = trained or self._holds(f"{here.name}/triplets", here / "triplets.parquet")
         synthesised = built or is_sft or self._holds(f"{here.name}/synthetic", here / "synthetic")
         has_proto = built or "proto" not in args.members_at(t) or self._holds("proto", proto)
@@ -160,7 +114,7 @@ class SelfPlay:
         borrows = not (is_last or is_sft)
         samples = following / "synthetic" if borrows else here / "fresh"
         name, rows = (f"{following.name}/synthetic", None) if borrows else (f"{here.name}/fresh", FRESH_ROWS)
-        is_evaluated = self._holds(f"{here.name}/eval", here / "eval.json")
+        is_evaluated = self._is_evaluated(t)
         is_sampled = is_evaluated or self._holds(name, samples)
         wait_for_everyone()
         self._stage(name, lambda: self._generate(following.name, t + 1, samples, rows), is_sampled)
@@ -171,25 +125,71 @@ class SelfPlay:
     def _at(self, t: int) -> Path:
         return self.directory / f"iter_{t:02d}"
 
-    def _holds(self, name: str, path: Path) -> bool:
+    def _holds(self, name: str, *paths: Path) -> bool:
         """Whether the stage is done and what it wrote is still what it wrote."""
-        return name in self.done and storage.content_hash(path) == self.done[name]["sha256"]
+        return name in self.done and self.done[name] == self._hashes(*paths)
 
-    def _stage(self, name: str, work: Callable[[], Path], holds: bool) -> None:
-        """Run `work` on every process unless the stage holds; the main process then records the hash of its output."""
+    def _hashes(self, *paths: Path) -> dict[str, str | None]:
+        return {str(path.relative_to(self.directory)): storage.content_hash(path) for path in paths}
+
+    def _made(self, name: str) -> str:
+        """The hash of what a stage wrote."""
+        return next(iter(self.done[name].values()))
+
+    def _survey(self) -> None:
+        """Of which iterations the policy is there, and of which at least the last checkpoint, or neither needed any more.
+
+        What is done is looked at again only while something still needs it.
+        """
+        self.exported, self.trained, later = {}, {}, False
+        for t in reversed(range(self.config.iterations)):
+            name, here = self._at(t).name, self._at(t)
+            passed = later and self._is_evaluated(t)
+            self.exported[t] = passed or self._holds(f"{name}/model", here / "model")
+            whole = not self.exported[t] and f"{name}/train" in self.done and Checkpoints(here / "checkpoints").final()
+            self.trained[t] = later = self.exported[t] or bool(whole)
+
+    def _is_evaluated(self, t: int) -> bool:
+        here = self._at(t)
+        return self._holds(f"{here.name}/eval", here / "eval.json", *([here / "eval"] if self.held_out else []))
+
+    def _restore_metrics(self, t: int, checkpoints: Checkpoints) -> None:
+        """The training log, if it is damaged, as the last checkpoint has it."""
+        name, metrics = f"{self._at(t).name}/train", self._at(t) / "metrics.jsonl"
+        if name in self.done and not self._holds(name, metrics) and (final := checkpoints.final()):
+            logger.warning("%s is missing or altered: written again from %s", metrics, final)
+            storage.write_atomic(
+                metrics, storage.json_lines(storage.read_json(final / "trainer_state.json")["log_history"])
+            )
+
+    def _name_damage(self) -> None:
+        """Name what was altered and is not made again, because nothing reads it any more."""
+        for name, record in self.done.items():
+            for path, made in record.items():
+                if storage.content_hash(self.directory / path) != made:
+                    logger.warning(
+                        "%s is missing or altered since %s made it; nothing that is left to do reads it, so it stays as it is: "
+                        "restore it from a copy if you need it",
+                        *(self.directory / path, name),
+                    )
+
+    def _stage(self, name: str, work: Callable[[], Path | tuple[Path, ...]], holds: bool) -> None:
+        """Run `work` on every process unless the stage holds; the main process then records the hashes of its output."""
         if holds:
             return
         if name in self.done:
             logger.warning("%s is done, but its files are missing or altered: doing it again", name)
         else:
             logger.info("%s", name)
-        path = work()
+        made = work()
         wait_for_everyone()
         if self.is_main:
-            record = {"path": str(path.relative_to(self.directory)), "sha256": storage.content_hash(path)}
-            storage.write_json(self.directory / "state.json", {"done": {**self.done, name: record}})
+            record = self._hashes(*(made if isinstance(made, tuple) else (made,)))
+            if self.done.get(name, record) != record:
+                logger.warning("%s came out with other bits than before; what later stages made stems from those", name)
+            storage.write_record(self.directory / "state.json", {"done": {**self.done, name: record}})
         wait_for_everyone()
-        self.done = storage.read_json(self.directory / "state.json")["done"]
+        self.done = storage.read_record(self.directory / "state.json")["done"]
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
@@ -198,15 +198,22 @@ class SelfPlay:
         """Load tokenizer and rows, and bind the directory to this config, model and data, or refuse it."""
         config, path = self.config, self.directory / "config.yaml"
         if self.is_main and path.exists() and not config.allow_config_change:
-            changes = [f"{key}: {old!r} -> {new!r}" for key, new, old in config.diff(SelfPlayConfig.from_file(path))]
+            try:
+                changes = [
+                    f"{key}: {old!r} -> {new!r}" for key, new, old in config.diff(SelfPlayConfig.from_file(path))
+                ]
+            except ValueError as error:
+                raise ValueError(
+                    f"{path} is damaged ({error}); restore it, or delete {path}, and the same command writes it anew"
+                ) from error
             if changes:
                 raise ValueError(
-                    f"output_dir {self.directory} belongs to a run with another config ({'; '.join(changes)}); "
+                    f"output_dir {self.directory} belongs to a run with another config (config.yaml: {'; '.join(changes)}); "
                     "undo the change, choose another output_dir, or set allow_config_change: true"
                 )
         record_path = self.directory / "run.json"
-        known = storage.read_json(record_path) if record_path.exists() else None
-        fingerprint, self.revision = storage.fingerprint(config.model_name_or_path, config.model_revision, known)
+        known = storage.read_record(record_path) if record_path.exists() else None
+        self.fingerprint, self.revision = storage.fingerprint(config.model_name_or_path, config.model_revision, known)
         self.tokenizer = tokenizer_of(config, revision=self.revision)
         self.pad_token_id = cast(int, self.tokenizer.pad_token_id)
         with PartialState().main_process_first():
@@ -220,18 +227,18 @@ class SelfPlay:
                 "device": str(PartialState().device),
                 "platform": platform.platform(),
                 "versions": {"python": platform.python_version(), **storage.package_versions(_PACKAGES)},
-                "model": fingerprint,
+                "model": self.fingerprint,
                 "data": {"rows": len(self.examples), "sha256": _examples_hash(self.examples)},
                 "eval_data": {"rows": len(self.held_out), "sha256": _examples_hash(self.held_out)},
             }
             storage.bind(record_path, record, allow_change=config.allow_config_change)
             if not (self.directory / "state.json").exists():
-                storage.write_json(self.directory / "state.json", {"done": {}})
+                storage.write_record(self.directory / "state.json", {"done": {}})
             draft = self.directory / ".config.yaml.tmp"
             config.save(draft)
             storage.write_atomic(path, draft.read_bytes())
         wait_for_everyone()
-        self.done: dict[str, Any] = storage.read_json(self.directory / "state.json")["done"]
+        self.done: dict[str, dict[str, Any]] = storage.read_record(self.directory / "state.json")["done"]
 
     def _training_args(self, t: int) -> TSPINConfig:
         seed = derived_seed(self.config.seed, f"{self._at(t).name}/train")
@@ -244,9 +251,9 @@ class SelfPlay:
     def _load(self, t: int, whole: bool = False) -> PreTrainedModel:
         """The weights of pi_t, on this process's device; `whole` in the precision in which they are kept."""
         path = self._at(t - 1) / "model"
-        if t > 0 and not path.exists():
+        if t > 0 and not self._holds(f"{self._at(t - 1).name}/model", path):
             raise ValueError(
-                f"{path} is missing; restore it, or delete {self._at(t - 1)} and all later iterations, "
+                f"{path} is missing or altered; restore it, or delete {self._at(t - 1)} and all later iterations, "
                 "and the same command makes them again"
             )
         device, named = cast(torch.device, PartialState().device), None if t == 0 else str(path)
@@ -271,7 +278,7 @@ class SelfPlay:
         return directory
 
     def _sharding(self, t: int) -> dict[str, Any]:
-        model_id = "pi_0" if t == 0 else self.done[f"{self._at(t - 1).name}/model"]["sha256"]
+        model_id = storage.hash_json(self.fingerprint) if t == 0 else self._made(f"{self._at(t - 1).name}/model")
         processes = {"process_index": self.rank, "num_processes": self.world}
         return {
             "shard_size": self.config.shard_size,
@@ -313,12 +320,12 @@ class SelfPlay:
             sources.insert(0, self._at(t - 1) / "synthetic")
         return pa.concat_tables([build_triplets(self.examples, read_generations(s), proto, **limits) for s in sources])
 
-    def _train(self, t: int, args: TSPINConfig, checkpoints: storage.Checkpoints) -> Path:
+    def _train(self, t: int, args: TSPINConfig, checkpoints: Checkpoints) -> Path:
         """Train pi_{t+1} from pi_t up to a final checkpoint; optimizer and schedule start afresh."""
         metrics = self._at(t) / "metrics.jsonl"
         adapter = [self.config.use_peft, self.config.lora_r, self.config.lora_alpha, self.config.lora_target_modules]
         settings = [self.config.training_at(t), self.config.torch_dtype, adapter, args.seed]
-        triplets = self.done[f"{self._at(t).name}/triplets"]["sha256"]
+        triplets = self._made(f"{self._at(t).name}/triplets")
         checkpoints.origin = {"processes": self.world, "settings": settings, "triplets": triplets}
         if self.is_main:
             checkpoints.remove_unusable()
@@ -333,19 +340,25 @@ class SelfPlay:
                 train_dataset=Dataset(table),
                 processing_class=self.tokenizer,
                 peft_config=lora_config(self.config),
-                callbacks=[_Sealing(checkpoints, metrics, self.config.training_at(t).get("save_total_limit"))],
+                callbacks=[Sealing(checkpoints, metrics, self.config.training_at(t).get("save_total_limit"))],
                 iteration=t,
             )
             trainer.remove_callback(ProgressCallback)
-            trainer.add_callback(_Progress)
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            trainer.add_callback(Progress)
+            try:
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            except UnpicklingError as error:
+                raise ValueError(
+                    f"{last} holds more than tensors and numbers, as training never writes, and is not loaded ({error}); "
+                    f"delete {last}, and the same command goes on from an earlier one"
+                ) from error
         wait_for_everyone()
         if self.is_main:
             log = storage.read_json(cast(Path, checkpoints.final()) / "trainer_state.json")["log_history"]
             storage.write_atomic(metrics, storage.json_lines(log))
         return metrics
 
-    def _export(self, t: int, checkpoints: storage.Checkpoints) -> Path:
+    def _export(self, t: int, checkpoints: Checkpoints) -> Path:
         """The final checkpoint as a plain model: weights (an adapter is merged into pi_t), configs and tokenizer."""
         directory, final = self._at(t) / "model", cast(Path, checkpoints.final())
         if self.is_main:
@@ -363,7 +376,7 @@ class SelfPlay:
         wait_for_everyone()
         return directory
 
-    def _evaluate(self, t: int, path: Path, samples: Path | None = None) -> Path:
+    def _evaluate(self, t: int, path: Path, samples: Path | None = None) -> tuple[Path, ...]:
         """Write what pi_t scores on the held-out rows and on its own samples for the first training rows."""
         model, result, seed = self._load(t), {"iteration": t - 1}, derived_seed(self.config.seed, "eval")
         answers, sampled = path.with_suffix(""), self.config.eval_sampled
@@ -385,7 +398,7 @@ class SelfPlay:
                 result |= fresh_pairs(model, examples, drawn, **options, **scoring)
             storage.write_json(path, result)
         wait_for_everyone()
-        return path
+        return (path, answers) if self.held_out else (path,)
 
 
 def _examples_hash(examples: list[Example]) -> str:

@@ -169,7 +169,7 @@ def two_processes(toy, tmp_path_factory):
     toy_config(toy, directory / "run", method="tspin_ref").save(directory / "config.yaml")
     done = launch("-m", "tspin", "run", "--config", str(directory / "config.yaml"))
     assert done.returncode == 0, done.stderr[:6000]
-    assert storage.read_json(directory / "run" / "run.json")["processes"] == 2
+    assert storage.read_record(directory / "run" / "run.json")["processes"] == 2
     return directory / "run"
 
 

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerState
 
-from tspin import loop, storage, trainer
+from tspin import checkpoints, loop, storage, trainer
 from tspin.config import SelfPlayConfig
 from tspin.generate import derived_seed
 from tspin.loading import load_model
@@ -186,7 +186,7 @@ def test_training_starts_from_the_policy_of_the_last_iteration(toy, tmp_path):
 def test_a_resumed_training_drops_the_log_lines_after_its_checkpoint(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 2}\n{"step": 4}\n{"st')
-    sealing, state = loop._Sealing(storage.Checkpoints(tmp_path), metrics, None), TrainerState()
+    sealing, state = checkpoints.Sealing(checkpoints.Checkpoints(tmp_path), metrics, None), TrainerState()
     state.log_history = [{"step": 2}]
     sealing.on_train_begin(None, state, None)
     state.log_history.append({"step": 4})
@@ -264,14 +264,27 @@ def test_what_is_deleted_or_altered_is_made_again(finished, toy, tmp_path, damag
         assert "its files are missing or altered" in caplog.text
 
 
-def test_a_missing_policy_that_cannot_be_made_again_is_named(finished, toy, tmp_path):
-    directory = copy_of(finished("tspin"), tmp_path)
+def test_a_policy_that_is_needed_again_is_made_again_from_the_start(finished, toy, tmp_path):
+    result = finished("tspin")
+    directory = copy_of(result, tmp_path)
     shutil.rmtree(directory / "iter_00")
     (directory / "iter_01" / "eval.json").unlink()
     shutil.rmtree(directory / "iter_01" / "model")
     shutil.rmtree(directory / "iter_01" / "checkpoints")
-    with pytest.raises(ValueError, match=r"iter_00/model is missing; restore it, or delete .*iter_00 and all later"):
-        SelfPlay(toy_config(toy, directory, method="tspin")).run()
+    assert SelfPlay(toy_config(toy, directory, method="tspin")).run().model_hash == result.model_hash
+    assert outcome(directory) == outcome(result.output_dir)
+
+
+def test_an_altered_policy_is_never_loaded(finished, toy, tmp_path):
+    directory = copy_of(finished("tspin"), tmp_path)
+    play = SelfPlay(toy_config(toy, directory, method="tspin"))
+    play.run()
+    path = directory / "iter_00" / "model" / "config.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(
+        ValueError, match=r"iter_00/model is missing or altered; restore it, or delete .*iter_00 and all"
+    ):
+        play._load(1)
 
 
 def test_a_changed_config_is_refused_with_the_difference(finished, toy, tmp_path):
@@ -315,8 +328,8 @@ def test_an_unknown_model_is_named(toy, tmp_path, monkeypatch):
 
 def test_another_number_of_processes_is_refused(finished, toy, tmp_path):
     directory = copy_of(finished("tspin"), tmp_path)
-    record = storage.read_json(directory / "run.json")
-    storage.write_json(directory / "run.json", {**record, "processes": 2})
+    record = storage.read_record(directory / "run.json")
+    storage.write_record(directory / "run.json", {**record, "processes": 2})
     with pytest.raises(ValueError, match="of 2 processes, now there are 1"):
         SelfPlay(toy_config(toy, directory, method="tspin")).run()
 
