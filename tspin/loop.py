@@ -15,6 +15,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -33,11 +34,13 @@ from tspin import storage
 from tspin.checkpoints import Checkpoints, Progress, Sealing, wait_for_everyone
 from tspin.config import SelfPlayConfig
 from tspin.data import Example, TripletCollator, build_triplets, load_examples
-from tspin.evaluate import evaluate, fresh_pairs, generate_answers, read_references, write_references
+from tspin.evaluate import evaluate, generate_answers, read_references, write_references
 from tspin.generate import derived_seed, generate_responses, read_generations
 from tspin.loading import lora_config, model_of, tokenizer_of
+from tspin.pairs import fresh_summary, pair_table
 from tspin.report import iteration_table, write_report
 from tspin.scoring import scoring_options
+from tspin.timings import timed
 from tspin.trainer import TSPINConfig, TSPINTrainer
 
 logger = logging.getLogger(__name__)
@@ -101,7 +104,8 @@ class SelfPlay:
         if self.is_main:
             self._restore_metrics(t, checkpoints)
         exported, trained = self.exported[t], self.trained[t]
-        built = trained or self._holds(f"{here.name}/triplets", here / "triplets.parquet")
+        # The pairs still need the triplets after the training.
+        built = (trained and self._is_paired(t)) or self._holds(f"{here.name}/triplets", here / "triplets.parquet")
         synthesised = built or is_sft or self._holds(f"{here.name}/synthetic", here / "synthetic")
         has_proto = built or "proto" not in args.members_at(t) or self._holds("proto", proto)
         wait_for_everyone()
@@ -114,11 +118,15 @@ class SelfPlay:
         borrows = not (is_last or is_sft)
         samples = following / "synthetic" if borrows else here / "fresh"
         name, rows = (f"{following.name}/synthetic", None) if borrows else (f"{here.name}/fresh", FRESH_ROWS)
-        is_evaluated = self._is_evaluated(t)
-        is_sampled = is_evaluated or self._holds(name, samples)
+        is_paired, is_evaluated = self._is_paired(t), self._is_evaluated(t)
+        is_sampled = is_paired or self._holds(name, samples)
+        first = self._at(0) / "synthetic"
+        has_first = is_paired or is_sft or self._holds(f"{first.parent.name}/synthetic", first)
         wait_for_everyone()
         self._stage(name, lambda: self._generate(following.name, t + 1, samples, rows), is_sampled)
-        self._stage(f"{here.name}/eval", lambda: self._evaluate(t + 1, here / "eval.json", samples), is_evaluated)
+        self._stage(f"{first.parent.name}/synthetic", lambda: self._generate(first.parent.name, 0, first), has_first)
+        self._stage(f"{here.name}/pairs", lambda: self._pair(t, args, samples), is_paired)
+        self._stage(f"{here.name}/eval", lambda: self._evaluate(t + 1, here / "eval.json"), is_evaluated)
         if self.is_main and not is_evaluated:
             Console().print(iteration_table(self.directory))
 
@@ -144,10 +152,13 @@ class SelfPlay:
         self.exported, self.trained, later = {}, {}, False
         for t in reversed(range(self.config.iterations)):
             name, here = self._at(t).name, self._at(t)
-            passed = later and self._is_evaluated(t)
+            passed = later and self._is_paired(t) and self._is_evaluated(t)
             self.exported[t] = passed or self._holds(f"{name}/model", here / "model")
             whole = not self.exported[t] and f"{name}/train" in self.done and Checkpoints(here / "checkpoints").final()
             self.trained[t] = later = self.exported[t] or bool(whole)
+
+    def _is_paired(self, t: int) -> bool:
+        return self._holds(f"{self._at(t).name}/pairs", self._at(t) / "pairs.parquet")
 
     def _is_evaluated(self, t: int) -> bool:
         here = self._at(t)
@@ -181,8 +192,9 @@ class SelfPlay:
             logger.warning("%s is done, but its files are missing or altered: doing it again", name)
         else:
             logger.info("%s", name)
-        made = work()
-        wait_for_everyone()
+        with timed(self.directory / "timings.jsonl", name) if self.is_main else nullcontext():
+            made = work()
+            wait_for_everyone()
         if self.is_main:
             record = self._hashes(*(made if isinstance(made, tuple) else (made,)))
             if self.done.get(name, record) != record:
@@ -243,7 +255,7 @@ class SelfPlay:
     def _training_args(self, t: int) -> TSPINConfig:
         seed = derived_seed(self.config.seed, f"{self._at(t).name}/train")
         fixed = {"output_dir": str(self._at(t) / "checkpoints"), "seed": seed, "data_seed": seed}
-        # Rotation waits for the seal (see _Sealing), a checkpoint without optimizer state cannot be resumed, and one
+        # Rotation waits for the seal (see tspin.callbacks), a checkpoint without optimizer state cannot be resumed, and one
         # process may wait for hours while another finishes its shards.
         fixed |= {"save_total_limit": None, "save_only_model": False, "ddp_timeout": 7 * 24 * 3600}
         return TSPINConfig(**self.config.training_at(t) | fixed)
@@ -376,8 +388,20 @@ class SelfPlay:
         wait_for_everyone()
         return directory
 
-    def _evaluate(self, t: int, path: Path, samples: Path | None = None) -> tuple[Path, ...]:
-        """Write what pi_t scores on the held-out rows and on its own samples for the first training rows."""
+    def _pair(self, t: int, args: TSPINConfig, samples: Path) -> Path:
+        """Write what pi_{t+1} makes, pair by pair, of the first training rows: of their triplets and of its new samples."""
+        path, first = self._at(t) / "pairs.parquet", self._at(0) / "synthetic"
+        if self.is_main:
+            trained, drawn = pq.read_table(self._at(t) / "triplets.parquet"), read_generations(samples)
+            initial = None if args.method == "sft" else read_generations(first)
+            rows = self.examples[:FRESH_ROWS]
+            table = pair_table(self._load, args, t, trained, rows, drawn, initial, pad_token_id=self.pad_token_id)
+            storage.write_parquet(path, table)
+        wait_for_everyone()
+        return path
+
+    def _evaluate(self, t: int, path: Path) -> tuple[Path, ...]:
+        """Write what pi_t scores on the held-out rows, and what its fresh pairs come to."""
         model, result, seed = self._load(t), {"iteration": t - 1}, derived_seed(self.config.seed, "eval")
         answers, sampled = path.with_suffix(""), self.config.eval_sampled
         if self.held_out:
@@ -392,10 +416,8 @@ class SelfPlay:
             if self.held_out:
                 options = {"directory": answers, "sampled": sampled, "answer_pattern": pattern}
                 result |= evaluate(model, self.tokenizer, self.held_out, scoring_batch_size=size, **options, **scoring)
-            if samples is not None:
-                options = {"pad_token_id": self.pad_token_id, "batch_size": size}
-                examples, drawn = self.examples[:FRESH_ROWS], read_generations(samples)
-                result |= fresh_pairs(model, examples, drawn, **options, **scoring)
+            if t > 0:
+                result |= fresh_summary(pq.read_table(path.with_name("pairs.parquet")))
             storage.write_json(path, result)
         wait_for_everyone()
         return (path, answers) if self.held_out else (path,)

@@ -80,7 +80,14 @@ def outcome(directory: Path) -> dict:
         entries = [json.loads(line) for line in path.read_text().splitlines()]
         metrics[path.parent.name] = [{k: v for k, v in e.items() if k not in TIMINGS} for e in entries]
     files = {}
-    for pattern in ("*.json", "iter_*/eval.json", "iter_*/triplets.parquet", "**/shard-*.parquet", "iter_*/model/*"):
+    for pattern in (
+        "*.json",
+        "iter_*/eval.json",
+        "iter_*/triplets.parquet",
+        "iter_*/pairs.parquet",
+        "**/shard-*.parquet",
+        "iter_*/model/*",
+    ):
         for path in directory.glob(pattern):
             files[str(path.relative_to(directory))] = storage.sha256(path)
     for name in ("run.json", "state.json"):
