@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, words = _parser().parse_known_args(sys.argv[1:] if argv is None else list(argv))
         if words and not args.takes_words:
-            raise ValueError(f"unrecognised: {' '.join(words)}; see `tspin {args.name} --help`")
+            # Their names alone: a value may be a token.
+            names = [word.partition("=")[0] for word in words if word.startswith("-")] or words
+            raise ValueError(f"unrecognised: {' '.join(names)}; see `tspin {args.name} --help`")
         return args.command(args, words) or 0
     except KeyboardInterrupt:
         print("tspin: interrupted; the same command goes on from here", file=sys.stderr)
@@ -102,6 +104,15 @@ def _parser() -> _Parser:
     checked.add_argument("--rows", metavar="N", type=int, default=2, help="rows to show tokenised (default 2)")
     report = add(_report, "tables and plots of finished or running runs", takes_words=False)
     report.add_argument("runs", metavar="RUN", nargs="+", help="a run directory")
+    pushed = add(_push, "upload the model of a run, or its triplets, to the hub", takes_words=False)
+    pushed.add_argument("run", metavar="RUN", help="a run directory")
+    pushed.add_argument(
+        "--repo_id", metavar="NAME", required=True, help="owner/name on the hub; made if it is not there"
+    )
+    pushed.add_argument("--triplets", action="store_true", help="the triplets of all iterations, as a data set")
+    pushed.add_argument("--iteration", metavar="N", type=int, help="of the model (default: the last that is finished)")
+    pushed.add_argument("--private", action="store_true", help="if the repository is made, make it private")
+    pushed.add_argument("--dry_run", action="store_true", help="list what would be uploaded, and open no connection")
     add(_env, "versions and devices, for a bug report", takes_words=False)
     return parser
 
@@ -257,6 +268,19 @@ def _report(args: argparse.Namespace, words: list[str]) -> None:
     for run in map(Path, args.runs):
         write_report(run)
         print(f"wrote {run / 'report'}")
+
+
+def _push(args: argparse.Namespace, words: list[str]) -> None:
+    from tspin.push import push
+
+    push(
+        args.run,
+        args.repo_id,
+        triplets=args.triplets,
+        iteration=args.iteration,
+        private=args.private,
+        dry_run=args.dry_run,
+    )
 
 
 def _env(args: argparse.Namespace, words: list[str]) -> None:

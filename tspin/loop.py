@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, set
 from transformers.utils.logging import disable_progress_bar
 
 from tspin import storage
+from tspin.cards import write_cards
 from tspin.config import SelfPlayConfig
 from tspin.data import Example, TripletCollator, build_triplets, load_examples
 from tspin.evaluate import evaluate, fresh_pairs, generate_answers, read_references, write_references
@@ -133,6 +134,7 @@ class SelfPlay:
             for t in range(self.config.iterations):
                 self._iterate(t)
             if self.is_main:
+                write_cards(self.directory)
                 write_report(self.directory)
             wait_for_everyone()
             final = self._at(self.config.iterations - 1) / "model"
@@ -166,6 +168,7 @@ class SelfPlay:
         self._stage(name, lambda: self._generate(following.name, t + 1, samples, rows), is_sampled)
         self._stage(f"{here.name}/eval", lambda: self._evaluate(t + 1, here / "eval.json", samples), is_evaluated)
         if self.is_main and not is_evaluated:
+            write_cards(self.directory)
             Console().print(iteration_table(self.directory))
 
     def _at(self, t: int) -> Path:
@@ -236,6 +239,7 @@ class SelfPlay:
     def _training_args(self, t: int) -> TSPINConfig:
         seed = derived_seed(self.config.seed, f"{self._at(t).name}/train")
         fixed = {"output_dir": str(self._at(t) / "checkpoints"), "seed": seed, "data_seed": seed}
+        fixed |= {"run_name": f"{self.directory.name}/{self._at(t).name}"}
         # Rotation waits for the seal (see _Sealing), a checkpoint without optimizer state cannot be resumed, and one
         # process may wait for hours while another finishes its shards.
         fixed |= {"save_total_limit": None, "save_only_model": False, "ddp_timeout": 7 * 24 * 3600}
