@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, words = _parser().parse_known_args(sys.argv[1:] if argv is None else list(argv))
         if words and not args.takes_words:
-            raise ValueError(f"unrecognised: {' '.join(words)}; see `tspin {args.name} --help`")
+            # Their names alone: a value may be a token.
+            names = [word.partition("=")[0] for word in words if word.startswith("-")] or words
+            raise ValueError(f"unrecognised: {' '.join(names)}; see `tspin {args.name} --help`")
         return args.command(args, words) or 0
     except KeyboardInterrupt:
         print("tspin: interrupted; the same command goes on from here", file=sys.stderr)
@@ -105,6 +107,15 @@ def _parser() -> _Parser:
     report.add_argument(
         "--output_dir", metavar="DIR", help="where the page goes (default: RUN/report; of several runs: tspin-report)"
     )
+    pushed = add(_push, "upload the model of a run, or its triplets, to the hub", takes_words=False)
+    pushed.add_argument("run", metavar="RUN", help="a run directory")
+    pushed.add_argument(
+        "--repo_id", metavar="NAME", required=True, help="owner/name on the hub; made if it is not there"
+    )
+    pushed.add_argument("--triplets", action="store_true", help="the triplets of all iterations, as a data set")
+    pushed.add_argument("--iteration", metavar="N", type=int, help="of the model (default: the last that is finished)")
+    pushed.add_argument("--private", action="store_true", help="if the repository is made, make it private")
+    pushed.add_argument("--dry_run", action="store_true", help="list what would be uploaded, and open no connection")
     add(_env, "versions and devices, for a bug report", takes_words=False)
     return parser
 
@@ -259,6 +270,19 @@ def _report(args: argparse.Namespace, words: list[str]) -> None:
     if missing := [run for run in args.runs if not Path(run).is_dir()]:
         raise FileNotFoundError(f"RUN: want a run directory, got {missing[0]}, which is none")
     print(f"wrote {write_report(args.runs, args.output_dir)}")
+
+
+def _push(args: argparse.Namespace, words: list[str]) -> None:
+    from tspin.push import push
+
+    push(
+        args.run,
+        args.repo_id,
+        triplets=args.triplets,
+        iteration=args.iteration,
+        private=args.private,
+        dry_run=args.dry_run,
+    )
 
 
 def _env(args: argparse.Namespace, words: list[str]) -> None:

@@ -38,7 +38,7 @@ _OWNED_BY_THE_LOOP = {
     "remove_unused_columns": "the collator picks its columns itself",
     "label_names": "batches carry no labels",
     "local_rank": "`accelerate launch` sets it",
-    "push_to_hub": "upload the finished model yourself; a token does not belong in config.yaml",
+    "push_to_hub": "`tspin push` uploads what a run made; a token does not belong in config.yaml",
 }
 _NOT_COMPARED = ("output_dir", "allow_config_change")
 _REQUIRED = dataclasses.MISSING

@@ -38,7 +38,7 @@ class Example:
     """One annotated prompt.
 
     `row` is its index in the source, counted before any row is dropped; seeds and responses are keyed by it.
-    `prompt` is the raw text, or the rendered conversation under the template "chat"; `prompt_ids` are the template's.
+    `prompt` is the text as the template renders it, and `prompt_ids` its tokens.
     `response_ids` end with one end token, or with none when `overlong` cut them.
     """
 
@@ -169,8 +169,8 @@ class Encoder:
             roles = ", ".join(turn["role"] for turn in turns)
             raise BadRow(f"want one user turn for a plain prompt_template, got {roles}; set --prompt_template chat")
         else:
-            prompt, rendered = turns[0]["content"], reply["content"]
-            prompt_ids = self._ids(self.template.replace("{prompt}", prompt))
+            prompt, rendered = self.template.replace("{prompt}", turns[0]["content"]), reply["content"]
+            prompt_ids = self._ids(prompt)
             prompt_ids = prompt_ids if prompt_ids[: len(self.bos)] == self.bos else self.bos + prompt_ids
         ids = self._ids(rendered)
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, ProgressCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from tspin import storage
+from tspin.cards import write_cards
 from tspin.checkpoints import Checkpoints, Progress, Sealing, wait_for_everyone
 from tspin.config import SelfPlayConfig
 from tspin.data import Example, TripletCollator, build_triplets, load_examples
@@ -91,6 +92,7 @@ class SelfPlay:
                 self._iterate(t)
             if self.is_main:
                 self._name_damage()
+                write_cards(self.directory)
                 write_report(self.directory)
             wait_for_everyone()
             final = self._at(self.config.iterations - 1) / "model"
@@ -128,6 +130,7 @@ class SelfPlay:
         self._stage(f"{here.name}/pairs", lambda: self._pair(t, args, samples), is_paired)
         self._stage(f"{here.name}/eval", lambda: self._evaluate(t + 1, here / "eval.json"), is_evaluated)
         if self.is_main and not is_evaluated:
+            write_cards(self.directory)
             Console().print(iteration_table(self.directory))
 
     def _at(self, t: int) -> Path:
@@ -255,7 +258,8 @@ class SelfPlay:
     def _training_args(self, t: int) -> TSPINConfig:
         seed = derived_seed(self.config.seed, f"{self._at(t).name}/train")
         fixed = {"output_dir": str(self._at(t) / "checkpoints"), "seed": seed, "data_seed": seed}
-        # Rotation waits for the seal (see tspin.callbacks), a checkpoint without optimizer state cannot be resumed, and one
+        fixed |= {"run_name": f"{self.directory.name}/{self._at(t).name}"}
+        # Rotation waits for the seal (see tspin.checkpoints), a checkpoint without optimizer state cannot be resumed, and one
         # process may wait for hours while another finishes its shards.
         fixed |= {"save_total_limit": None, "save_only_model": False, "ddp_timeout": 7 * 24 * 3600}
         return TSPINConfig(**self.config.training_at(t) | fixed)

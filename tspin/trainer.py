@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
@@ -119,6 +120,12 @@ class TSPINConfig(TrainingArguments):
             if not (value > 0 or (may_be_zero and value == 0)):
                 raise ValueError(f"{name}: want a {'non-negative' if may_be_zero else 'positive'} number, got {value}")
         super().__post_init__()
+        # Now, not when the first trainer is made, which in a run is after hours of sampling.
+        if absent := set(self.report_to or ()) - {*get_available_reporting_integrations(), "all"}:
+            package = "'tspin[tensorboard]'" if absent == {"tensorboard"} else f"the packages of {sorted(absent)}"
+            raise ValueError(
+                f"report_to: want trackers that are installed, got {self.report_to}; pip install {package}"
+            )
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
