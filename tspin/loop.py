@@ -33,6 +33,7 @@ from tspin.config import SelfPlayConfig
 from tspin.data import Example, TripletCollator, build_triplets, load_examples
 from tspin.evaluate import evaluate, fresh_pairs, generate_answers, read_references, write_references
 from tspin.generate import derived_seed, generate_responses, read_generations
+from tspin.harness import Harness, benchmarks, task_scores
 from tspin.loading import lora_config, model_of, tokenizer_of
 from tspin.report import iteration_table, write_report
 from tspin.scoring import scoring_options
@@ -127,7 +128,7 @@ class SelfPlay:
         self.is_main, self.rank, self.world = state.is_main_process, state.process_index, state.num_processes
         with storage.run_lock(self.directory, self.rank), storage.disk_errors(self.directory):
             self._open()
-            if self.held_out:
+            if self.held_out or self.harness:
                 initial = self.directory / "eval_initial.json"
                 self._stage("eval_initial", lambda: self._evaluate(0, initial), self._holds("eval_initial", initial))
             for t in range(self.config.iterations):
@@ -204,6 +205,7 @@ class SelfPlay:
                     f"output_dir {self.directory} belongs to a run with another config ({'; '.join(changes)}); "
                     "undo the change, choose another output_dir, or set allow_config_change: true"
                 )
+        self.harness = Harness(benchmarks(config.tasks), config.include_path) if config.tasks else None
         record_path = self.directory / "run.json"
         known = storage.read_json(record_path) if record_path.exists() else None
         fingerprint, self.revision = storage.fingerprint(config.model_name_or_path, config.model_revision, known)
@@ -372,8 +374,12 @@ class SelfPlay:
             options = {"seed": seed, "sampled": sampled, **decoding, **self._sharding(t)}
             generate_answers(model, self.tokenizer, self.held_out, answers, **options)
         wait_for_everyone()
+        args = self._training_args(0)
+        if self.harness:
+            options = {"limit": self.config.tasks_limit, "batch_size": args.per_device_eval_batch_size}
+            options |= {"model_id": self._sharding(t)["model_id"], "autocast_dtype": self.autocast}
+            result |= task_scores(self.harness.run(model, self.tokenizer, answers / "tasks", **options))
         if self.is_main:
-            args = self._training_args(0)
             scoring = {"autocast_dtype": self.autocast, **scoring_options(args, model)}
             size, pattern = args.per_device_eval_batch_size, self.config.answer_pattern
             if self.held_out:
@@ -389,4 +395,4 @@ class SelfPlay:
 
 
 def _examples_hash(examples: list[Example]) -> str:
-    return storage.hash_json([[e.row, e.prompt_ids, e.response_ids, e.response] for e in examples])
+    return storage.hash_json([[e.row, e.prompt_ids, e.response_ids, e.response, *e.choices] for e in examples])
