@@ -104,6 +104,10 @@ def _parser() -> _Parser:
     checked.add_argument(
         "--gpu_memory", metavar="SIZE", help="of the GPU to check for, as 24GB (default: this machine's)"
     )
+    checked.add_argument("--gpu", metavar="NAME", help="also predict the GPU hours of the run, e.g. on an H100")
+    checked.add_argument(
+        "--gpus", metavar="N", type=int, default=1, help="that FSDP2 divides the model over (default 1)"
+    )
     checked.add_argument("--rows", metavar="N", type=int, default=2, help="rows to show tokenised (default 2)")
     report = add(_report, "tables and plots of finished or running runs", takes_words=False)
     report.add_argument("runs", metavar="RUN", nargs="+", help="a run directory")
@@ -318,4 +322,4 @@ def _version(package: str) -> str:
 
 
 def _check(args: argparse.Namespace, words: list[str]) -> None:
-    check(_config(args, words), gpu_memory=args.gpu_memory, rows=args.rows)
+    check(_config(args, words), gpu=args.gpu, gpus=args.gpus, gpu_memory=args.gpu_memory, rows=args.rows)

@@ -258,3 +258,27 @@ def test_two_processes_score_what_one_does(policy, tasks, tmp_path):
     assert found[0] == found[1]
     assert [b["score"] for b in found[0]["benchmarks"]] == pytest.approx([b["score"] for b in alone["benchmarks"]])
     assert [b["questions"] for b in found[0]["benchmarks"]] == [6, 6]
+
+
+def test_a_run_measures_its_tasks_after_each_iteration_and_once_before(tmp_path, monkeypatch):
+    from test_loop import make_toy, toy_config
+
+    from tspin.loop import SelfPlay
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    make_toy(tmp_path)
+    data = tmp_path / "rows.json"
+    data.write_text(
+        '{"q": "1+1=", "choices": ["2", "3"], "gold": 0}\n{"q": "2+2=", "choices": ["5", "4"], "gold": 1}\n'
+    )
+    (tmp_path / "sums.yaml").write_text(CHOICE.format(name="sums", data=data, shots=0))
+    config = toy_config(tmp_path, tmp_path / "run", iterations=1, eval_dataset=None, tasks=[f"{tmp_path}/sums.yaml:1"])
+    result = SelfPlay(config).run()
+    scores = [json.loads((tmp_path / "run" / "eval_initial.json").read_text()), *result.evaluations]
+    assert [s["tasks/sums"] == s["tasks/average"] for s in scores] == [True, True]
+    kept = json.loads((tmp_path / "run" / "iter_00" / "eval" / "tasks" / "sums.json").read_text())
+    assert kept["result"]["shots"] == [1] and kept["result"]["score"] == scores[1]["tasks/sums"]
+    assert (
+        kept["request"]["model"]
+        == json.loads((tmp_path / "run" / "state.json").read_text())["done"]["iter_00/model"]["sha256"]
+    )
