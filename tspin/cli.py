@@ -24,7 +24,7 @@ from tspin.check import USER_ERRORS, check, one_line
 from tspin.config import SelfPlayConfig, default_of, loop_fields, read_values, training_fields, type_name
 
 _SAMPLING = ("seed", "max_new_tokens", "temperature", "top_p", "top_k", "shard_size")
-_PACKAGES = ("tspin", "torch", "triton", "transformers", "datasets", "accelerate", "peft")
+_PACKAGES = ("tspin", "torch", "triton", "transformers", "datasets", "accelerate", "peft", "lm_eval")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,10 +96,19 @@ def _parser() -> _Parser:
     train = add_keyed(_train, "train one iteration on given triplets into output_dir/model")
     train.add_argument("--triplets", metavar="PATH", required=True, help="parquet file as the loop writes it")
     train.add_argument("--iteration", metavar="N", type=int, default=0, help="which values and which beta (default 0)")
-    add_keyed(_eval, "exact match and log-likelihood of a model on eval_dataset")
+    evaluated = add_keyed(
+        _eval, "a model on eval_dataset (exact match, log-likelihood, accuracy) and on tasks of lm-eval"
+    )
+    evaluated.add_argument(
+        "--save", metavar="FILE", help="write the JSON there too; the same command then goes on in it"
+    )
     checked = add_keyed(_check, "validate config, data, template, end token and model before a run")
     checked.add_argument(
         "--gpu_memory", metavar="SIZE", help="of the GPU to check for, as 24GB (default: this machine's)"
+    )
+    checked.add_argument("--gpu", metavar="NAME", help="also predict the GPU hours of the run, e.g. on an H100")
+    checked.add_argument(
+        "--gpus", metavar="N", type=int, default=1, help="that FSDP2 divides the model over (default 1)"
     )
     checked.add_argument("--rows", metavar="N", type=int, default=2, help="rows to show tokenised (default 2)")
     report = add(_report, "a page on a finished or running run, or on several as a comparison", takes_words=False)
@@ -230,22 +239,60 @@ def _train(args: argparse.Namespace, words: list[str]) -> None:
 
 
 def _eval(args: argparse.Namespace, words: list[str]) -> None:
-    config = _config(args, words, "eval_dataset", dataset="unused")
+    config = _config(args, words, dataset="unused")
+    if config.eval_dataset is None and not config.tasks:
+        raise ValueError("eval_dataset is required, or tasks: give --eval_dataset PATH for rows, or --tasks paper")
+    from tspin.harness import Harness, benchmark_table, benchmarks
+    from tspin.loading import model_of, tokenizer_of, training_args_of
+
+    harness = Harness(benchmarks(config.tasks), config.include_path) if config.tasks else None
+    training, tokenizer = training_args_of(config), tokenizer_of(config)
+    from accelerate import PartialState
+
+    from tspin.storage import fingerprint, package_versions, write_json
+
+    state: Any = PartialState()
+    model = model_of(config, device=state.device)
+    result = {} if config.eval_dataset is None else _eval_rows(config, training, tokenizer, model)
+    result["model"] = {
+        "name": config.model_name_or_path,
+        **fingerprint(config.model_name_or_path, config.model_revision)[0],
+    }
+    result["versions"] = package_versions(_PACKAGES)
+    if harness is not None:
+        result["tasks"] = harness.run(
+            model,
+            tokenizer,
+            None if args.save is None else Path(args.save).with_suffix("") / "tasks",
+            model_id=_model_id(config),
+            batch_size=training.per_device_eval_batch_size,
+            limit=config.tasks_limit,
+            autocast_dtype=training.autocast_dtype,
+        )
+    if state.is_main_process:
+        print(json.dumps(result, indent=2))
+        if args.save is not None:
+            write_json(args.save, result)
+        if harness is not None:
+            from rich.console import Console
+
+            Console(stderr=True).print(benchmark_table(result["tasks"]))
+
+
+def _eval_rows(config: SelfPlayConfig, training: Any, tokenizer: Any, model: Any) -> dict[str, Any]:
+    """What `evaluate` gives for the held-out rows, dealt over the processes; the same on each."""
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
     from tspin.data import load_examples
     from tspin.evaluate import evaluate, merge_evaluations
-    from tspin.loading import model_of, tokenizer_of, training_args_of
     from tspin.scoring import scoring_options
 
     state: Any = PartialState()
-    training, tokenizer = training_args_of(config), tokenizer_of(config)
     examples, _ = load_examples(config, tokenizer, split="eval")
     mine = examples[state.process_index :: state.num_processes]
     parts: list[dict[str, Any]] = []
     if mine:
-        model = model_of(config, device=state.device)
         result = evaluate(
             model,
             tokenizer,
@@ -259,9 +306,7 @@ def _eval(args: argparse.Namespace, words: list[str]) -> None:
             **scoring_options(training, model),
         )
         parts.append(result)
-    parts = gather_object(parts)
-    if state.is_main_process:
-        print(json.dumps(merge_evaluations(parts), indent=2))
+    return merge_evaluations(gather_object(parts))
 
 
 def _report(args: argparse.Namespace, words: list[str]) -> None:
@@ -303,4 +348,4 @@ def _version(package: str) -> str:
 
 
 def _check(args: argparse.Namespace, words: list[str]) -> None:
-    check(_config(args, words), gpu_memory=args.gpu_memory, rows=args.rows)
+    check(_config(args, words), gpu=args.gpu, gpus=args.gpus, gpu_memory=args.gpu_memory, rows=args.rows)

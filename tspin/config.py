@@ -80,6 +80,9 @@ class SelfPlayConfig:
     dataset_split: str = _key("train", "data", "split on the hub; in a directory, the files that start with this name")
     prompt_column: str | None = _key(None, "data", "column of prompts, e.g. question; default: recognised")
     response_column: str | None = _key(None, "data", "column of annotated responses, e.g. answer; default: recognised")
+    conversation_round: Literal["last", "first"] = _key(
+        "last", "data", "which answer of a conversation is the annotated response; what follows it is left out"
+    )
     max_rows: int | None = _key(None, "data", "read only the first rows")
     on_bad_row: Literal["error", "skip"] = _key("error", "data", "what to do with a row that cannot be used")
     overlong: Literal["drop", "cut", "error"] = _key("drop", "data", "responses that end beyond max_length")
@@ -89,7 +92,19 @@ class SelfPlayConfig:
     eval_split: str = _key("test", "evaluation", "as `dataset_split`")
     eval_rows: int | None = _key(None, "evaluation", "use only the first rows")
     answer_pattern: str | None = _key(None, "evaluation", "regex; the last group of its last match is the answer")
+    choices_column: str | None = _key(
+        None, "evaluation", "column of held-out rows with the answers to choose among: accuracy is measured too"
+    )
     eval_sampled: bool = _key(True, "evaluation", "also measure exact match of a sample at temperature 1")
+    tasks: str | list[str] | None = field(
+        default=None,
+        metadata={
+            "group": "evaluation",
+            "help": "of lm-evaluation-harness: names, name:shots, YAML paths, or paper (needs the extra `lm-eval`)",
+        },
+    )
+    include_path: str | None = _key(None, "evaluation", "directory of further task YAMLs for `tasks`")
+    tasks_limit: int | None = _key(None, "evaluation", "only the first questions of each task, for a try")
 
     max_new_tokens: int = _key(256, "generation", "longest sampled response (SPIN's value; the paper states none)")
     temperature: float = _key(1.0, "generation", "1 samples the policy itself, 0 is greedy")
@@ -380,7 +395,16 @@ def default_of(f: dataclasses.Field) -> Any:
 
 def _validate(config: SelfPlayConfig) -> None:
     least = dict.fromkeys(("iterations", "max_new_tokens", "generation_batch_size", "shard_size"), 1)
-    least |= {"lora_r": 1, "lora_alpha": 1, "max_rows": 1, "eval_rows": 1, "top_k": 0, "temperature": 0, "seed": 0}
+    least |= {
+        "lora_r": 1,
+        "lora_alpha": 1,
+        "max_rows": 1,
+        "eval_rows": 1,
+        "tasks_limit": 1,
+        "top_k": 0,
+        "temperature": 0,
+        "seed": 0,
+    }
     for key, bound in least.items():
         _want(config, key, (value := getattr(config, key)) is None or bound <= value < 2**32, f"{bound} or more")
     for key in ("model_name_or_path", "dataset", "dataset_split", "eval_split", "output_dir"):

@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tspin.prefix import PrefixLayout
-from tspin.rows import BadRow, exchange, read_rows
+from tspin.rows import BadRow, candidates, exchange, read_rows
 
 if TYPE_CHECKING:
     from tspin.config import SelfPlayConfig
@@ -39,7 +39,8 @@ class Example:
 
     `row` is its index in the source, counted before any row is dropped; seeds and responses are keyed by it.
     `prompt` is the text as the template renders it, and `prompt_ids` its tokens.
-    `response_ids` end with one end token, or with none when `overlong` cut them.
+    `response_ids` end with one end token, or with none when `overlong` cut them. `choices`: text and ids of every other answer
+    to choose among, of held-out rows with a `choices_column`.
     """
 
     row: int
@@ -47,6 +48,7 @@ class Example:
     response: str
     prompt_ids: list[int]
     response_ids: list[int]
+    choices: tuple[tuple[str, list[int]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,15 @@ def load_examples(
     for row, (where, record) in enumerate(tqdm(source, desc=f"tokenise {split}", unit="row", delay=2, disable=None)):
         total += 1
         try:
-            turns, reply = exchange(record, config.prompt_column, config.response_column)
+            turns, reply = exchange(record, config.prompt_column, config.response_column, config.conversation_round)
             prompt, prompt_ids, response_ids = encode(turns, reply)
+            texts = [] if training or config.choices_column is None else candidates(record, config.choices_column)
+            others = [text for text in dict.fromkeys(texts) if text != reply["content"]]
+            choices = tuple((text, encode(turns, reply | {"content": text})[2]) for text in others)
+            if texts and not choices:
+                raise BadRow(
+                    f"column {config.choices_column!r}: want another answer than the annotated, got none; add one"
+                )
             kept_ids = fit(prompt_ids, response_ids, max_length, config.overlong)
         except BadRow as error:
             if config.on_bad_row == "error":
@@ -120,7 +129,7 @@ def load_examples(
             raise ValueError(f"{where}: {error}") from error
         if kept_ids is not None:
             cut += len(kept_ids) < len(response_ids)
-            examples.append(Example(row, prompt, reply["content"], prompt_ids, kept_ids))
+            examples.append(Example(row, prompt, reply["content"], prompt_ids, kept_ids, choices))
     report = DataReport(name, total, len(examples), bad, total - len(examples) - bad, cut, first_bad)
     logger.log(logging.WARNING if len(examples) < total or cut else logging.INFO, "%s", report)
     if not examples:

@@ -37,6 +37,7 @@ from tspin.config import SelfPlayConfig
 from tspin.data import Example, TripletCollator, build_triplets, load_examples
 from tspin.evaluate import evaluate, generate_answers, read_references, write_references
 from tspin.generate import derived_seed, generate_responses, read_generations
+from tspin.harness import Harness, benchmarks, task_scores
 from tspin.loading import lora_config, model_of, tokenizer_of
 from tspin.pairs import fresh_summary, pair_table
 from tspin.report import iteration_table, write_report
@@ -84,9 +85,9 @@ class SelfPlay:
         with storage.run_lock(self.directory, self.rank), storage.disk_errors(self.directory):
             self._open()
             self._survey()
-            if self.held_out:
-                initial, answers = self.directory / "eval_initial.json", self.directory / "eval_initial"
-                is_evaluated = self._holds("eval_initial", initial, answers)
+            if self.held_out or self.harness:
+                initial = self.directory / "eval_initial.json"
+                is_evaluated = self._holds("eval_initial", *self._evaluation(initial))
                 self._stage("eval_initial", lambda: self._evaluate(0, initial), is_evaluated)
             for t in range(self.config.iterations):
                 self._iterate(t)
@@ -165,7 +166,11 @@ class SelfPlay:
 
     def _is_evaluated(self, t: int) -> bool:
         here = self._at(t)
-        return self._holds(f"{here.name}/eval", here / "eval.json", *([here / "eval"] if self.held_out else []))
+        return self._holds(f"{here.name}/eval", *self._evaluation(here / "eval.json"))
+
+    def _evaluation(self, path: Path) -> tuple[Path, ...]:
+        """The files of an evaluation whose scores are at `path`: those, and the answers that they judge."""
+        return (path, path.with_suffix("")) if self.held_out or self.harness else (path,)
 
     def _restore_metrics(self, t: int, checkpoints: Checkpoints) -> None:
         """The training log, if it is damaged, as the last checkpoint has it."""
@@ -226,6 +231,7 @@ class SelfPlay:
                     f"output_dir {self.directory} belongs to a run with another config (config.yaml: {'; '.join(changes)}); "
                     "undo the change, choose another output_dir, or set allow_config_change: true"
                 )
+        self.harness = Harness(benchmarks(config.tasks), config.include_path) if config.tasks else None
         record_path = self.directory / "run.json"
         known = storage.read_record(record_path) if record_path.exists() else None
         self.fingerprint, self.revision = storage.fingerprint(config.model_name_or_path, config.model_revision, known)
@@ -413,8 +419,12 @@ class SelfPlay:
             options = {"seed": seed, "sampled": sampled, **decoding, **self._sharding(t)}
             generate_answers(model, self.tokenizer, self.held_out, answers, **options)
         wait_for_everyone()
+        args = self._training_args(0)
+        if self.harness:
+            options = {"limit": self.config.tasks_limit, "batch_size": args.per_device_eval_batch_size}
+            options |= {"model_id": self._sharding(t)["model_id"], "autocast_dtype": self.autocast}
+            result |= task_scores(self.harness.run(model, self.tokenizer, answers / "tasks", **options))
         if self.is_main:
-            args = self._training_args(0)
             scoring = {"autocast_dtype": self.autocast, **scoring_options(args, model)}
             size, pattern = args.per_device_eval_batch_size, self.config.answer_pattern
             if self.held_out:
@@ -424,8 +434,8 @@ class SelfPlay:
                 result |= fresh_summary(pq.read_table(path.with_name("pairs.parquet")))
             storage.write_json(path, result)
         wait_for_everyone()
-        return (path, answers) if self.held_out else (path,)
+        return self._evaluation(path)
 
 
 def _examples_hash(examples: list[Example]) -> str:
-    return storage.hash_json([[e.row, e.prompt_ids, e.response_ids, e.response] for e in examples])
+    return storage.hash_json([[e.row, e.prompt_ids, e.response_ids, e.response, *e.choices] for e in examples])

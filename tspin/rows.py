@@ -98,9 +98,12 @@ def _hub_rows(name: str, config_name: str | None, split: str) -> Iterator[tuple[
 
 
 def exchange(
-    record: Any, prompt_column: str | None = None, response_column: str | None = None
+    record: Any, prompt_column: str | None = None, response_column: str | None = None, which: str = "last"
 ) -> tuple[list[dict], dict]:
-    """The turns before the annotated response, and that response as a turn, of one row in any known layout."""
+    """The turns before the annotated response, and that response as a turn, of one row in any known layout.
+
+    which: "last" or "first" answer of a conversation.
+    """
     if isinstance(record, BadRow):
         raise record
     if not isinstance(record, Mapping):
@@ -118,13 +121,25 @@ def exchange(
         raise BadRow(f"column {missing[0]!r} is missing; got columns {sorted(map(str, record))}; want {_LAYOUTS}")
     turns = [] if pair[0] is None else _turns(record[pair[0]], "user", pair[0])
     replies = _turns(record[pair[1]], "assistant", pair[1])
-    last = max((i for i, turn in enumerate(replies) if turn["role"] == "assistant"), default=-1)
-    if last < 0:
+    answers = [i for i, turn in enumerate(replies) if turn["role"] == "assistant"]
+    if not answers:
         raise BadRow(f"column {pair[1]!r}: want an assistant turn, got none; annotate the row")
-    turns = replies[:last] if any(turn["role"] == "user" for turn in replies[:last]) else turns + replies[:last]
+    end = answers[0 if which == "first" else -1]
+    turns = replies[:end] if any(turn["role"] == "user" for turn in replies[:end]) else turns + replies[:end]
     if not turns:
         raise BadRow(f"column {pair[1]!r}: want a user turn before the response, got none; name a --prompt_column")
-    return turns, replies[last]
+    return turns, replies[end]
+
+
+def candidates(record: Mapping, column: str) -> list[str]:
+    """The answers of one row to choose among: a list of texts, one text, or the messages of one (TRL's `rejected`)."""
+    value = record.get(column)
+    if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+        value = [turn["content"] for turn in _turns(value, "assistant", column)[-1:]]
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise BadRow(f"column {column!r}: want a list of texts to choose among, got {str(value)[:80]!r}; convert it")
+    return texts
 
 
 def _turns(value: Any, role: str, column: str) -> list[dict]:

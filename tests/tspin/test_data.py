@@ -107,6 +107,48 @@ def test_every_layout_gives_the_same_example(tmp_path, prompt, response, bos):
     assert again[0].response_ids == examples[0].response_ids
 
 
+def test_the_first_round_of_a_conversation_ends_at_its_first_answer(tmp_path):
+    def turns(*contents):
+        return [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, contents)]
+
+    records = [
+        {"prompt": "q1", "prompt_id": "7", "messages": turns("q1", "a1", "q2", "a2")},
+        {"messages": turns("q1", "a1")},
+        {"chosen": turns("q1", "a1", "q2", "a2")},
+    ]
+    path = write_jsonl(tmp_path / "train_sft-0.jsonl", records)
+    write_jsonl(tmp_path / "train_gen-0.jsonl", [{"messages": turns("x", "y")}])
+    first, _ = load_examples(config_for(tmp_path, conversation_round="first", dataset_split="train_sft"), TOKENIZER)
+    assert [(e.prompt, e.response) for e in first] == [("q1", "a1")] * 3
+    assert [e.response_ids for e in first] == [[*ids_of("a1"), END]] * 3
+    last, report = load_examples(config_for(path, on_bad_row="skip"), TOKENIZER)
+    assert [e.row for e in last] == [1] and report.bad == 2  # a plain template takes one user turn
+    chat, _ = load_examples(
+        config_for(path, prompt_template="chat", conversation_round="first"), make_tokenizer(eos="<|end|>")
+    )
+    assert chat[0].prompt == "<|user|>q1<|end|>\n<|assistant|>" and chat[0].response == "a1"
+
+
+def test_choices_are_the_other_answers_of_a_held_out_row(tmp_path):
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}
+    records = [
+        {"prompt": "q", "response": "b", "all": ["a", "b", "c", "a"]},
+        {"prompt": "q", "response": "b", "all": "a"},
+        {"chosen": [user, answer], "all": [user, answer | {"content": "a"}]},
+    ]
+    path = write_jsonl(tmp_path / "test.jsonl", records)
+    options = {"eval_dataset": str(path), "choices_column": "all"}
+    held_out, _ = load_examples(config_for(path, **options), TOKENIZER, split="eval")
+    assert [[text for text, _ in e.choices] for e in held_out] == [["a", "c"], ["a"], ["a"]]
+    assert all(ids == [*ids_of(text), END] for e in held_out for text, ids in e.choices)
+    train, _ = load_examples(config_for(path, **options), TOKENIZER)
+    assert [e.choices for e in train] == [()] * 3
+    for wrong in (None, [], ["a", 1], ["b"], 3, ["a", " "]):
+        write_jsonl(path, [{"prompt": "q", "response": "b", "all": wrong}])
+        with pytest.raises(BadRow, match="column 'all': want"):
+            load_examples(config_for(path, **options), TOKENIZER, split="eval")
+
+
 @quick
 @given(st.lists(texts, min_size=2, max_size=4), st.booleans())
 def test_chat_is_rendered_by_the_template_and_cut_at_its_end_token(tmp_path, contents, bos):
