@@ -99,7 +99,9 @@ def sample_continuous(
     if not examples:
         return []
     if autocast_dtype not in (None, model.dtype):
-        raise ValueError(f"autocast_dtype: want the model's own {model.dtype}, got {autocast_dtype}; load the model in it")
+        raise ValueError(
+            f"autocast_dtype: want the model's own {model.dtype}, got {autocast_dtype}; load the model in it"
+        )
     stop_ids = list(stop_token_ids(tokenizer, model.generation_config))
     uniforms = torch.stack([row_uniforms(seed, e.row, max_new_tokens) for e in examples]).to(model.device)
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k}

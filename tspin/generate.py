@@ -352,7 +352,7 @@ def check_request(
 
 def text_of(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     """What a reader is shown of a response: its tokens without the special ones."""
-    return cast(str, tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return cast(str, tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _prompts_hash(examples: Sequence[Example]) -> str:
