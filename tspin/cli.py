@@ -173,27 +173,38 @@ def _generate(args: argparse.Namespace, words: list[str]) -> None:
     config = _config(args, words, "output_dir")
     from accelerate import PartialState
 
+    from tspin.backends import opened
     from tspin.data import load_examples
     from tspin.generate import generate_responses
-    from tspin.loading import model_of, tokenizer_of, training_args_of
+    from tspin.loading import local_directory, model_of, tokenizer_of, training_args_of
     from tspin.storage import disk_errors, run_lock
 
     state: Any = PartialState()
     autocast_dtype, tokenizer = training_args_of(config).autocast_dtype, tokenizer_of(config)
     examples, _ = load_examples(config, tokenizer, split=args.split)
+    is_server = config.generation_backend == "openai"
     with run_lock(config.output_dir, state.process_index), disk_errors(config.output_dir):
-        generate_responses(
-            model_of(config, device=state.device),
-            tokenizer,
-            examples,
-            config.output_dir,
-            batch_size=config.generation_batch_size,
-            process_index=state.process_index,
-            num_processes=state.num_processes,
-            autocast_dtype=autocast_dtype,
-            model_id=_model_id(config),
-            **{key: getattr(config, key) for key in _SAMPLING},
-        )
+        if state.is_main_process or not is_server:
+            with opened(
+                config,
+                tokenizer,
+                lambda: model_of(config, device=state.device),
+                weights=lambda: local_directory(config.model_name_or_path, config.model_revision),
+                log=Path(config.output_dir) / "server.log",
+                autocast_dtype=autocast_dtype,
+            ) as sampling:
+                generate_responses(
+                    tokenizer=tokenizer,
+                    examples=examples,
+                    directory=config.output_dir,
+                    batch_size=config.generation_batch_size,
+                    process_index=0 if is_server else state.process_index,
+                    num_processes=1 if is_server else state.num_processes,
+                    autocast_dtype=autocast_dtype,
+                    model_id=_model_id(config),
+                    **sampling,
+                    **{key: getattr(config, key) for key in _SAMPLING},
+                )
         state.wait_for_everyone()
 
 

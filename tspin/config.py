@@ -40,7 +40,8 @@ _OWNED_BY_THE_LOOP = {
     "local_rank": "`accelerate launch` sets it",
     "push_to_hub": "`tspin push` uploads what a run made; a token does not belong in config.yaml",
 }
-_NOT_COMPARED = ("output_dir", "allow_config_change")
+_NOT_COMPARED = ("output_dir", "allow_config_change", "generation_url", "generation_concurrency")
+_NOT_COMPARED += ("generation_timeout", "generation_wait", "generation_tolerance")
 _REQUIRED = dataclasses.MISSING
 _TEMPLATE = "### Instruction: {prompt}\n\n### Response: "
 _BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False, "1": True, "0": False}
@@ -112,6 +113,29 @@ class SelfPlayConfig:
     top_k: int = _key(0, "generation", "0 turns it off")
     generation_batch_size: int = _key(32, "generation", "prompts decoded together on each process")
     shard_size: int = _key(512, "generation", "rows a killed run may lose")
+    generation_backend: Literal["transformers", "continuous", "openai"] = _key(
+        "transformers",
+        "generation",
+        "batches; continuous batching; or a server of the OpenAI API (needs the extra `server`)",
+    )
+    generation_server_command: str | None = _key(
+        None,
+        "generation",
+        "starts a server of {model} on {port}, e.g. vllm serve {model} --host 127.0.0.1 --port {port}",
+    )
+    generation_url: str | None = _key(
+        None, "generation", "of the server, e.g. http://127.0.0.1:8000/v1; default: that of the command"
+    )
+    generation_model: str | None = _key(None, "generation", "name of the weights on the server; default: their path")
+    generation_protocol: Literal["token_ids", "text"] = _key(
+        "token_ids", "generation", "text: for transformers serve; responses are encoded anew"
+    )
+    generation_concurrency: int = _key(64, "generation", "rows asked of the server at a time")
+    generation_timeout: float = _key(600.0, "generation", "seconds that one answer of the server may take")
+    generation_wait: float = _key(900.0, "generation", "seconds to wait for a server that starts or is away")
+    generation_tolerance: float = _key(
+        0.1, "generation", "nats a token that the server's log-probs may differ from our own weights'"
+    )
 
     output_dir: str = _key("tspin-run", "loop", "the run directory")
     iterations: int = _key(5, "loop", "rounds of self-play (the paper's 0 to 4)")
@@ -401,15 +425,22 @@ def _validate(config: SelfPlayConfig) -> None:
         "max_rows": 1,
         "eval_rows": 1,
         "tasks_limit": 1,
-        "top_k": 0,
-        "temperature": 0,
-        "seed": 0,
+        "generation_concurrency": 1,
     }
+    least |= {"top_k": 0, "temperature": 0, "seed": 0, "generation_tolerance": 0}
     for key, bound in least.items():
         _want(config, key, (value := getattr(config, key)) is None or bound <= value < 2**32, f"{bound} or more")
     for key in ("model_name_or_path", "dataset", "dataset_split", "eval_split", "output_dir"):
         _want(config, key, bool(getattr(config, key).strip()), "a name that is not empty")
     _want(config, "quantization", config.use_peft or config.quantization == "none", "use_peft: true beside it")
+    for key in ("generation_timeout", "generation_wait"):
+        _want(config, key, 0 < getattr(config, key) < 2**32, "a number of seconds above 0")
+    plain = config.generation_backend == "transformers"
+    _want(config, "generation_backend", plain or config.quantization == "none", "transformers beside quantization")
+    if config.generation_backend == "openai":
+        from tspin.server import check_settings
+
+        check_settings(config)
     _want(config, "top_p", 0 < config.top_p <= 1, "more than 0 and at most 1")
     is_template = config.prompt_template == "chat" or config.prompt_template.count("{prompt}") == 1
     _want(config, "prompt_template", is_template, "text that contains {prompt} once, or the word chat")

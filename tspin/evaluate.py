@@ -169,7 +169,7 @@ def merge_evaluations(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def generate_answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     directory: str | Path,

@@ -157,6 +157,15 @@ def model_of(
     )
 
 
+def local_directory(name_or_path: str, revision: str | None = None) -> str:
+    """The directory of a model: itself, or the snapshot of a hub name, which is downloaded where it is not cached."""
+    if os.path.isdir(name_or_path):
+        return os.path.abspath(name_or_path)
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(name_or_path, revision=revision)
+
+
 def tokenizer_of(config: SelfPlayConfig, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that a run's keys name; `revision` is that of the hub model, default the config's."""
     own = config.tokenizer_name_or_path

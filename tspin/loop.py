@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, ProgressCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from tspin import storage
+from tspin.backends import Samplers
 from tspin.cards import write_cards
 from tspin.checkpoints import Checkpoints, Progress, Sealing, wait_for_everyone
 from tspin.config import SelfPlayConfig
@@ -38,7 +39,7 @@ from tspin.data import Example, TripletCollator, build_triplets, load_examples
 from tspin.evaluate import evaluate, generate_answers, read_references, write_references
 from tspin.generate import derived_seed, generate_responses, read_generations
 from tspin.harness import Harness, benchmarks, task_scores
-from tspin.loading import lora_config, model_of, tokenizer_of
+from tspin.loading import local_directory, lora_config, model_of, tokenizer_of
 from tspin.pairs import fresh_summary, pair_table
 from tspin.report import iteration_table, write_report
 from tspin.scoring import scoring_options
@@ -68,6 +69,11 @@ class SelfPlay:
     def __init__(self, config: SelfPlayConfig):
         self.config = config
         self.directory = Path(config.output_dir)
+        if config.generation_backend == "openai" and config.generation_server_command is None:
+            raise ValueError(
+                "generation_server_command: want the command of a server, got null; each iteration samples from other "
+                "weights, so the loop starts one for each, and a server at generation_url serves `tspin generate` only"
+            )
 
     def run(self) -> RunResult:
         """Do what is not yet done and return the final policy.
@@ -85,12 +91,15 @@ class SelfPlay:
         with storage.run_lock(self.directory, self.rank), storage.disk_errors(self.directory):
             self._open()
             self._survey()
-            if self.held_out or self.harness:
-                initial = self.directory / "eval_initial.json"
-                is_evaluated = self._holds("eval_initial", *self._evaluation(initial))
-                self._stage("eval_initial", lambda: self._evaluate(0, initial), is_evaluated)
-            for t in range(self.config.iterations):
-                self._iterate(t)
+            log = self.directory / "server.log"
+            self.samplers = Samplers(self.config, self.tokenizer, self._read, self._weights, log, self.autocast)
+            with self.samplers:
+                if self.held_out or self.harness:
+                    initial = self.directory / "eval_initial.json"
+                    is_evaluated = self._holds("eval_initial", *self._evaluation(initial))
+                    self._stage("eval_initial", lambda: self._evaluate(0, initial), is_evaluated)
+                for t in range(self.config.iterations):
+                    self._iterate(t)
             if self.is_main:
                 self._name_damage()
                 write_cards(self.directory)
@@ -272,6 +281,11 @@ class SelfPlay:
 
     def _load(self, t: int, whole: bool = False) -> PreTrainedModel:
         """The weights of pi_t, on this process's device; `whole` in the precision in which they are kept."""
+        # A sampler may hold the device's memory.
+        self.samplers.close()
+        return self._read(t, whole)
+
+    def _read(self, t: int, whole: bool = False) -> PreTrainedModel:
         path = self._at(t - 1) / "model"
         if t > 0 and not self._holds(f"{self._at(t - 1).name}/model", path):
             raise ValueError(
@@ -281,23 +295,36 @@ class SelfPlay:
         device, named = cast(torch.device, PartialState().device), None if t == 0 else str(path)
         return model_of(self.config, named, revision=self.revision, whole=whole, device=device)
 
+    def _weights(self, t: int) -> str:
+        """The directory of pi_t."""
+        if t == 0:
+            return local_directory(self.config.model_name_or_path, self.revision)
+        return str((self._at(t - 1) / "model").absolute())
+
     def _generate(self, name: str, t: int, directory: Path, rows: int | None = None) -> Path:
         """Sample responses of pi_t with the seed of `name` into `directory`."""
-        generate_responses(
-            self._load(t),
-            self.tokenizer,
-            self.examples[:rows],
-            directory,
-            seed=derived_seed(self.config.seed, f"{name}/synthetic"),
-            temperature=self.config.temperature,
-            top_p=self.config.top_p,
-            top_k=self.config.top_k,
-            max_new_tokens=self.config.max_new_tokens,
-            batch_size=self.config.generation_batch_size,
-            desc=f"{directory.parent.name}/{directory.name}",
-            **self._sharding(t),
-        )
+        if self._samples():
+            generate_responses(
+                tokenizer=self.tokenizer,
+                examples=self.examples[:rows],
+                directory=directory,
+                seed=derived_seed(self.config.seed, f"{name}/synthetic"),
+                temperature=self.config.temperature,
+                top_p=self.config.top_p,
+                top_k=self.config.top_k,
+                desc=f"{directory.parent.name}/{directory.name}",
+                **self._decoding(t),
+            )
         return directory
+
+    def _samples(self) -> bool:
+        """Whether this process samples: all do, but a server is the main process's alone."""
+        return self.is_main or self.config.generation_backend != "openai"
+
+    def _decoding(self, t: int) -> dict[str, Any]:
+        alone = {"process_index": 0, "num_processes": 1} if self.config.generation_backend == "openai" else {}
+        decoding = {"max_new_tokens": self.config.max_new_tokens, "batch_size": self.config.generation_batch_size}
+        return decoding | self.samplers.at(t) | self._sharding(t) | alone
 
     def _sharding(self, t: int) -> dict[str, Any]:
         model_id = storage.hash_json(self.fingerprint) if t == 0 else self._made(f"{self._at(t - 1).name}/model")
@@ -412,14 +439,15 @@ class SelfPlay:
 
     def _evaluate(self, t: int, path: Path) -> tuple[Path, ...]:
         """Write what pi_t scores on the held-out rows, and what its fresh pairs come to."""
-        model, result, seed = self._load(t), {"iteration": t - 1}, derived_seed(self.config.seed, "eval")
+        result, seed = {"iteration": t - 1}, derived_seed(self.config.seed, "eval")
         answers, sampled = path.with_suffix(""), self.config.eval_sampled
-        if self.held_out:
-            decoding = {"max_new_tokens": self.config.max_new_tokens, "batch_size": self.config.generation_batch_size}
-            options = {"seed": seed, "sampled": sampled, **decoding, **self._sharding(t)}
-            generate_answers(model, self.tokenizer, self.held_out, answers, **options)
+        if self.held_out and self._samples():
+            options = {"seed": seed, "sampled": sampled, **self._decoding(t)}
+            generate_answers(tokenizer=self.tokenizer, examples=self.held_out, directory=answers, **options)
         wait_for_everyone()
         args = self._training_args(0)
+        # The harness deals its requests over all processes.
+        model: Any = self.samplers.scorer(t) or self._load(t) if self.is_main or self.harness else None
         if self.harness:
             options = {"limit": self.config.tasks_limit, "batch_size": args.per_device_eval_batch_size}
             options |= {"model_id": self._sharding(t)["model_id"], "autocast_dtype": self.autocast}
