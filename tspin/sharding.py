@@ -38,22 +38,24 @@ def whole_weights(model: nn.Module, *, frozen: bool = False) -> dict[str, Tensor
     """
     named = dict(model.named_parameters())
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    buffers = {name: t.cpu() for name, t in model.state_dict().items() if name not in known} if frozen else {}
-    whole = {name: _whole(p) for name, p in named.items() if frozen or p.requires_grad}
-    return {name.replace("_fsdp_wrapped_module.", ""): tensor for name, tensor in (whole | buffers).items()}
+    # Copies even of what is on the CPU, as it may be a view of a buffer that is freed. One after the other: a GPU may not hold all.
+    whole = {name: _whole(p).to("cpu", copy=True) for name, p in named.items() if frozen or p.requires_grad}
+    if frozen:
+        whole |= {name: t.to("cpu", copy=True) for name, t in model.state_dict().items() if name not in known}
+    return {name.replace("_fsdp_wrapped_module.", ""): tensor for name, tensor in whole.items()}
 
 
 def _whole(parameter: Any) -> Tensor:
     if hasattr(parameter, "full_tensor"):
-        return parameter.full_tensor().cpu()
+        return parameter.full_tensor()
     is_partitioned = hasattr(parameter, "ds_id")
     if parameter.requires_grad and (is_partitioned or hasattr(parameter, "_hp_mapping")):
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return safe_get_full_fp32_param(parameter).cpu()
+        return safe_get_full_fp32_param(parameter)
     if not is_partitioned:
-        return parameter.detach().cpu()
+        return parameter.detach()
     from deepspeed.zero import GatheredParameters
 
     with GatheredParameters([parameter]):
-        return parameter.detach().cpu().clone()
+        return parameter.detach().clone()
