@@ -90,7 +90,7 @@ def _training(options: argparse.Namespace) -> int:
         rows = long_context.train_step(pairs, lengths, **common)
     else:
         caps = [
-            None if cap == "none" else float(cap) for cap in (options.caps or ("none,24" if gpu else "0.25")).split(",")
+            None if cap == "none" else float(cap) for cap in (options.caps or ("24,none" if gpu else "0.25")).split(",")
         ]
         ratios = [float(ratio) for ratio in options.ratios.split(",")]
         rows = long_context.memory(pairs, ratios, caps, **common)

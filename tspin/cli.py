@@ -224,7 +224,8 @@ def _train(args: argparse.Namespace, words: list[str]) -> None:
     from datasets import Dataset
     from pyarrow import parquet
 
-    from tspin.loading import lora_config, model_of, tokenizer_of, training_args_of
+    from tspin.loading import add_adapter, lora_config, model_of, tokenizer_of, training_args_of
+    from tspin.sharding import whole_weights
     from tspin.trainer import TSPINTrainer
 
     try:
@@ -242,8 +243,12 @@ def _train(args: argparse.Namespace, words: list[str]) -> None:
         iteration=args.iteration,
     )
     trainer.train()
+    weights = whole_weights(trainer.model)
     if trainer.is_world_process_zero():
-        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        model: Any = model_of(config, whole=True)
+        if config.use_peft:
+            model = add_adapter(model, lora_config(config), seed=config.seed)
+        model.load_state_dict(weights, strict=False)
         (model.merge_and_unload() if config.use_peft else model).save_pretrained(final)
         tokenizer.save_pretrained(final)
         print(f"saved {final}")

@@ -22,6 +22,8 @@ from transformers import (
     set_seed,
 )
 
+from tspin.sharding import whole_on_each_process
+
 if TYPE_CHECKING:
     from tspin.config import SelfPlayConfig
     from tspin.trainer import TSPINConfig
@@ -75,16 +77,17 @@ def load_model(
         )
         quantized = {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": device}}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            revision=revision or "main",
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            **quantized,
-        )
+        with whole_on_each_process():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name_or_path,
+                revision=revision or "main",
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                **quantized,
+            )
     except Exception as error:
         raise ValueError(
             f"model_name_or_path: cannot load {name_or_path!r}: {error}; want a directory or hub name of a causal LM "

@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 FRESH_ROWS = 256
 _PACKAGES = ("tspin", "torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "numpy", "pyarrow")
 _NOT_OF_THE_MODEL = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "complete.json")
+_NOT_OF_THE_MODEL += ("pytorch_model_fsdp_*", "optimizer_*", "global_step*", "latest", "zero_to_*.py")
 
 
 @dataclass(frozen=True)

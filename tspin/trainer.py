@@ -32,6 +32,7 @@ from tspin.optimizers import spare_copies
 from tspin.prefix import share_prompts
 from tspin.scoring import scoring_options, verify_packed_row
 from tspin.sequential import backward_one_by_one
+from tspin.sharding import whole_weights
 from tspin_kernels import SequenceStats, sft_loss, spin_loss, tspin_loss, tspin_ref_loss
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ class TSPINConfig(TrainingArguments):
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False
     report_to: str | list[str] | None = "none"
+    # Of transformers, which takes both and says one.
+    fsdp: bool | str | None = None
     remove_unused_columns: bool = False
 
     def __post_init__(self):
@@ -241,11 +244,6 @@ class TSPINTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.sequential and self.is_deepspeed_enabled:
-            raise ValueError(
-                "sequential_backward: want 'off' with DeepSpeed, whose engine steps after a backward of its own count, "
-                f"got {args.sequential_backward!r}; shard with FSDP2 instead"
-            )
         if optimizers[0] is None:
             warn_of_rounded_steps(self.model, args)
         # The loss is already divided by the count of get_batch_samples: Trainer must not divide it again.
@@ -316,6 +314,12 @@ class TSPINTrainer(Trainer):
         self._verified = True
         self._sharing.enter_context(share_prompts(causal_lm(self.model)))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's, but weights are whole and not rounded to 16 bits however the model is sharded."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, state_dict=whole_weights(self.model, frozen=not hasattr(self.model, "peft_config")))
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As Trainer's, but weights that would fill a GPU's memory a second time as temporaries are stepped one at a time."""
         given = self.optimizer is not None
@@ -355,9 +359,13 @@ class TSPINTrainer(Trainer):
         }
         if self.sequential and torch.is_grad_enabled():
             # A sharded model adds up its shards at every backward; its ranks must run alike.
-            sharded = self.is_fsdp_enabled
+            sharded, backward = self.is_fsdp_enabled or self.is_deepspeed_enabled, self.accelerator.backward
+            if self.is_deepspeed_enabled:
+                # Accelerate's would take a step.
+                engine: Any = self.accelerator.deepspeed_engine_wrapped
+                backward = partial(engine.backward, sync_gradients=False, scale_wrt_gas=False)
             loss, sequences = backward_one_by_one(
-                *(score, self.accelerator.backward, batch, self.loss_fn),
+                *(score, backward, batch, self.loss_fn),
                 unsynced=nullcontext if sharded else partial(self.accelerator.no_sync, model),
                 skip_zeros=not sharded,
                 **request,
@@ -377,6 +385,8 @@ class TSPINTrainer(Trainer):
         assert num_items_in_batch is not None, "get_batch_samples counts the kept triplets"
         normalizer = num_items_in_batch / self.accelerator.num_processes
         loss, sequences = self._score(model, inputs, normalizer, self._meter)
+        if self.is_deepspeed_enabled:
+            self._stop_if_not_finite(loss)  # its backward takes the step
         self._meter.add({"tokens_per_second": (inputs["attention_mask"], torch.zeros_like(loss))})
         return (loss, sequences) if return_outputs else loss
 
@@ -390,6 +400,11 @@ class TSPINTrainer(Trainer):
             raise StepTooLargeError(
                 f"out of memory in step {self.state.global_step + 1}; predicted {check.need()}{check.advice()}"
             ) from error
+        if not self.is_deepspeed_enabled:
+            self._stop_if_not_finite(loss)
+        return loss
+
+    def _stop_if_not_finite(self, loss: Tensor) -> None:
         # Summed over ranks, so that all of them stop before the weights are touched.
         total: Any = self.accelerator.reduce(loss, "sum")
         if not torch.isfinite(total):
@@ -397,7 +412,6 @@ class TSPINTrainer(Trainer):
                 f"the loss of step {self.state.global_step + 1} is not finite ({loss.item()} here); lower alpha "
                 "or learning_rate, use loss_type='logistic' or logp_reduction='mean', or look for nan in the weights"
             )
-        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means over all triplets since the last logging step to the training logs."""
