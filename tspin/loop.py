@@ -343,6 +343,7 @@ class SelfPlay:
                 callbacks=[Sealing(checkpoints, metrics, self.config.training_at(t).get("save_total_limit"))],
                 iteration=t,
             )
+            trainer.diagnostics = str(self._at(t) / "diagnostics")
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(Progress)
             try:
