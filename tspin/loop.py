@@ -350,7 +350,7 @@ class SelfPlay:
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
             except UnpicklingError as error:
                 raise ValueError(
-                    f"{last} holds more than tensors and numbers, as training never writes, and is not loaded ({error}); "
+                    f"{last} holds more than tensors and numbers, as training never writes, and is not loaded; "
                     f"delete {last}, and the same command goes on from an earlier one"
                 ) from error
         wait_for_everyone()
