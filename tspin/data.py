@@ -332,6 +332,7 @@ class TripletCollator:
         targets: [N] int64, the response tokens. sequence_ids: [N] int64, b * G + m. lengths: [B, G] int64.
         identical, truncated: [B] bool: rejected equals chosen; rejected was cut by length. False without rejected.
         ref_logps: [B, G] float32, nats, where the features have ref_<member>_logps.
+        row: [B] int64, where the features have it.
 
     Raises:
         ValueError: a feature lacks a column, or its prompt or a member is empty.
@@ -364,6 +365,8 @@ class TripletCollator:
             "identical": torch.tensor([f["chosen_ids"] == f["rejected_ids"] if is_pair else False for f in features]),
             "truncated": torch.tensor([is_pair and f.get("rejected_finish_reason") == "length" for f in features]),
         }
+        if all("row" in feature for feature in features):
+            batch["row"] = torch.tensor([feature["row"] for feature in features])
         references = [f"ref_{member}_logps" for member in self.members]
         if any(column in feature for feature in features for column in references):
             absent = [column for column in references if any(column not in feature for feature in features)]

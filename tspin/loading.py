@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from tspin.sharding import whole_on_each_process
+from tspin.storage import read_json
 
 if TYPE_CHECKING:
     from tspin.config import SelfPlayConfig
@@ -53,7 +54,7 @@ def load_model(
             bitsandbytes; they can then be trained by adapters only.
         device: where the weights go.
     Raises:
-        ValueError: the checkpoint is pickled, damaged, or lacks weights of the model; bitsandbytes is missing.
+        ValueError: the checkpoint is pickled, damaged, an adapter, or lacks weights of the model; bitsandbytes is missing.
     """
     # Without it transformers asks a hub service to convert a pickled checkpoint and waits for the answer.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -65,6 +66,15 @@ def load_model(
                 f"model_name_or_path: want safetensors, got the pickled {os.path.join(name_or_path, pickled[0])}, "
                 "which can run code when it is loaded; convert to safetensors with save_pretrained where you trust it"
             )
+        if "adapter_config.json" in files:
+            raise ValueError(_is_adapter(name_or_path))
+        for index in (name for name in files if name.endswith(".safetensors.index.json")):
+            named = read_json(os.path.join(name_or_path, index)).get("weight_map", {}).values()
+            if outside := [name for name in named if os.path.basename(name) != name]:
+                raise ValueError(
+                    f"model_name_or_path: want an index of files beside it, {os.path.join(name_or_path, index)} names "
+                    f"{outside[0]}; save the model again with save_pretrained"
+                )
     quantized = {}
     if quantization != "none":
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -94,6 +104,8 @@ def load_model(
             "with config.json and intact safetensors weights"
         ) from error
     model, info = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(_is_adapter(name_or_path))
     if info["missing_keys"]:
         raise ValueError(
             f"model_name_or_path: {name_or_path!r} lacks the weights {sorted(info['missing_keys'])[:5]}, which would "
@@ -106,6 +118,13 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _is_adapter(name: str) -> str:
+    return (
+        f"model_name_or_path: want a whole model, got the adapter {name}, which takes its weights from a model that it names; "
+        "merge the two with peft's merge_and_unload, and save_pretrained the result"
+    )
 
 
 def load_tokenizer(

@@ -393,13 +393,14 @@ class SelfPlay:
                 callbacks=[Sealing(checkpoints, metrics, self.config.training_at(t).get("save_total_limit"))],
                 iteration=t,
             )
+            trainer.diagnostics = str(self._at(t) / "diagnostics")
             trainer.remove_callback(ProgressCallback)
             trainer.add_callback(Progress)
             try:
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
             except UnpicklingError as error:
                 raise ValueError(
-                    f"{last} holds more than tensors and numbers, as training never writes, and is not loaded ({error}); "
+                    f"{last} holds more than tensors and numbers, as training never writes, and is not loaded; "
                     f"delete {last}, and the same command goes on from an earlier one"
                 ) from error
         wait_for_everyone()

@@ -8,12 +8,13 @@ B triplets of a batch, G members of a triplet (chosen = real, rejected = synthet
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
+from tspin import diagnostics
 from tspin.data import MEMBERS, TripletCollator, tokenize_triplets
 from tspin.fitting import MemoryCheck, gpu_memory
 from tspin.loading import add_adapter, load_model, warn_of_rounded_steps
@@ -40,7 +42,7 @@ Batch = dict[str, Any]
 
 
 class NonFiniteLossError(ValueError):
-    """The loss became nan or inf; the weights and the last checkpoint are those before that step."""
+    """Loss, gradient or weights became nan or inf; no checkpoint holds such weights, and only the last case has touched any."""
 
 
 class StepTooLargeError(ValueError, torch.OutOfMemoryError):
@@ -201,7 +203,9 @@ class TSPINTrainer(Trainer):
         iteration: of the loop, from 0; it chooses between beta and beta_first_iteration.
     Raises:
         ValueError: a model that cannot be scored exactly, missing columns, reference methods without references.
-        NonFiniteLossError, StepTooLargeError: from train(), naming the step.
+        NonFiniteLossError: from train(), naming the step; what is known of it lies in `diagnostics` (default
+            output_dir/diagnostics), see `tspin.diagnostics.write_bundle`.
+        StepTooLargeError: from train(), naming the step.
     """
 
     model: nn.Module
@@ -231,6 +235,9 @@ class TSPINTrainer(Trainer):
         self._meter = Meter()
         self._clock: float | None = None
         self._sharing: ExitStack | None = None
+        self._watch, self._watched_step = diagnostics.Watch(), 0
+        self.scored: list[tuple[Batch, SequenceStats]] = []
+        self.diagnostics = f"{args.output_dir}/diagnostics"
         self.sequential = args.sequential_backward == "on"
         model = load_model(model) if isinstance(model, str) else model
         if peft_config is not None:
@@ -260,7 +267,9 @@ class TSPINTrainer(Trainer):
         if self.args.sequential_backward == "auto":
             self.sequential = self._joint_pass_is_too_large()
         with self._sharing_prompts():
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+        self._refuse_broken_weights()
+        return result
 
     def _memory_check(self) -> MemoryCheck | None:
         """The prediction for the longest triplet of the training set; None where there is no GPU of one's own or no prediction."""
@@ -332,6 +341,7 @@ class TSPINTrainer(Trainer):
         """The micro-batches of one optimizer step, and how many triplets all ranks keep in it."""
         self._clock = self._clock or time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.scored = []
         for batch in batches:
             self._begin(batch)
             batch["counted"] = self._counted(batch, batch is batches[-1], self.train_dataset)
@@ -373,6 +383,8 @@ class TSPINTrainer(Trainer):
         else:
             loss, sequences = score(batch, self.loss_fn, **request)
         meter.add(triplet_metrics(self.args, self.members, sequences, batch))
+        if torch.is_grad_enabled():
+            self.scored.append((batch, sequences))
         return loss, sequences
 
     def compute_loss(
@@ -408,10 +420,36 @@ class TSPINTrainer(Trainer):
         # Summed over ranks, so that all of them stop before the weights are touched.
         total: Any = self.accelerator.reduce(loss, "sum")
         if not torch.isfinite(total):
-            raise NonFiniteLossError(
-                f"the loss of step {self.state.global_step + 1} is not finite ({loss.item()} here); lower alpha "
-                "or learning_rate, use loss_type='logistic' or logp_reduction='mean', or look for nan in the weights"
-            )
+            self._stop("the loss of", 1, loss=loss.item())
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm: Any = super()._get_grad_norm(*args, **kwargs)
+        # A GradScaler leaves out such a step by itself and lowers its scale, until there is nothing left to lower.
+        scaler: Any = self.accelerator.scaler
+        # DeepSpeed may know no norm yet.
+        if norm is not None and not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
+            self._stop("the gradient norm of", 1, gradient_norm=float(norm))
+        return norm
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_broken_weights()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _refuse_broken_weights(self) -> None:
+        """Stop on all ranks where a trainable weight of one is nan or inf."""
+        trained = ((name, p.detach()) for name, p in self.model.named_parameters() if p.requires_grad)
+        broken = diagnostics.non_finite(trained)
+        total: Any = self.accelerator.reduce(torch.tensor(len(broken)).to(self.args.device), "sum")
+        if total:
+            self._stop("a weight after", 0, weights=sum(broken.values()))
+
+    def _stop(self, what: str, ahead: int, **values: float) -> NoReturn:
+        step = self.state.global_step + ahead
+        where = diagnostics.write_bundle(self, step, f"{what} step {step}", values)
+        raise NonFiniteLossError(
+            f"{what} step {step} is not finite ({', '.join(map(str, values.values()))} here); {where}. Lower alpha or "
+            "learning_rate, use loss_type='logistic' or logp_reduction='mean', or look for nan in the weights"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means over all triplets since the last logging step to the training logs."""
@@ -420,6 +458,11 @@ class TSPINTrainer(Trainer):
             self._clock = None
             self._meter.add({"tokens_per_second": (0 * seconds, seconds / self.accelerator.num_processes)})
             logs = {**logs, **self._meter.take(self.accelerator)}
+            step, args = self.state.global_step, self.args
+            triplets = (step - self._watched_step) * args.train_batch_size * args.gradient_accumulation_steps
+            self._watched_step = step
+            for text in self._watch.add(logs, triplets * self.accelerator.num_processes, step >= self.state.max_steps):
+                logger.warning("%s", text)
             if torch.cuda.is_available():
                 logs["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         super().log(logs, start_time)

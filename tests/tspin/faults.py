@@ -9,7 +9,9 @@ As a script: `faults.py ROOT DIRECTORY JOBS CHANGES` runs the jobs and prints on
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import json
 import os
 import random
@@ -19,6 +21,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -148,11 +151,21 @@ class Warm:
     def __init__(self, root: Path, changes: dict[str, Any]):
         self.root, self.changes = root, changes
         torch.set_num_threads(1)
-        # The picture is not what is tested, and what the imports left need not be collected in every child.
+        # The picture is not what is tested.
         report._plot = lambda rows, path, title: path.write_bytes(b"picture")
+        # What a run imports only when it comes to it, imported here, by a child that says so; nothing has run in this process.
+        with tempfile.TemporaryDirectory() as scratch:
+            self.command(Path(scratch) / "run", modules=Path(scratch) / "modules")
+            for name in (Path(scratch) / "modules").read_text().split():
+                with contextlib.suppress(Exception):
+                    importlib.import_module(name)
+        # And what the imports left need not be collected in every child.
+        gc.collect()
         gc.freeze()
 
-    def command(self, directory: Path, fatal: list | None = None, after: float | None = None) -> tuple[int, str]:
+    def command(
+        self, directory: Path, fatal: list | None = None, after: float | None = None, modules: Path | None = None
+    ) -> tuple[int, str]:
         """The exit code of a run (1: no error of the user's) and what it printed; killed at `fatal` or `after` seconds."""
         log, began = directory.with_suffix(".log"), time.perf_counter()
         child = os.fork()
@@ -170,6 +183,8 @@ class Warm:
                 sys.stderr.flush()
                 os._exit(1)
             sys.stdout.flush()
+            if modules is not None:
+                modules.write_text("\n".join(sys.modules))
             os._exit(0)
         if after is not None:
             time.sleep(after)
