@@ -186,6 +186,16 @@ CASES = {
     "cpo-alphapo": {"loss_type": "simpo", "alpha": 0.1},
     "cpo-lora": {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "down_proj"])},
 }
+RARE = (
+    "dpo",
+    "dpo-truncated-at-the-start",
+    "dpo-checkpointed",
+    "dpo-long-answers-discounted",
+    "kto-apo",
+    "kto-lora",
+    "cpo",
+)
+RARE += ("cpo-ipo", "cpo-alphapo")
 MODELS = [
     ("dpo", "gemma2"),
     ("dpo", "phi"),
@@ -196,10 +206,14 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("kind, model, options", [
-    *[pytest.param(name.split("-")[0], "llama", options, id=name) for name, options in CASES.items()],
-    *[pytest.param(kind, model, {"learning_rate": 0.03}, id=f"{kind}-{model}") for kind, model in MODELS],
-])  # fmt: skip
+PARAMETERS = [
+    pytest.param(name.split("-")[0], "llama", options, id=name, marks=[pytest.mark.soak] * (name in RARE))
+    for name, options in CASES.items()
+]
+PARAMETERS += [pytest.param(kind, model, {"learning_rate": 0.03}, id=f"{kind}-{model}") for kind, model in MODELS]
+
+
+@pytest.mark.parametrize("kind, model, options", PARAMETERS)
 def test_losses_gradients_metrics_and_trajectories_are_trls(home, tmp_path, kind, model, options):
     theirs = trajectory(*make(kind, home / model, tmp_path, **options))
     trainer, record = make(kind, home / model, tmp_path, **options)
