@@ -5,6 +5,7 @@ import re
 import shutil
 import socket
 
+import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 from huggingface_hub import DatasetCard, HfApi, ModelCard
@@ -75,7 +76,7 @@ def test_the_data_card_makes_what_is_uploaded_a_data_set(run, tmp_path):
     assert card.data.task_categories == ["text-generation"]
     for name in ("iter_00", "iter_01"):
         rows = load_dataset(str(repository), name, split="train", cache_dir=tmp_path)
-        table = storage.pq.read_table(run / name / "triplets.parquet")
+        table = pq.read_table(run / name / "triplets.parquet")
         assert rows.to_list() == table.to_pylist()
         cut = table["rejected_finish_reason"].to_pylist().count("length") / 24
         assert f"| {name} | 24 | {cut:.3f} |" in card.text
@@ -113,7 +114,12 @@ def test_cards_of_other_methods(mine, method, told):
     (mine / "config.yaml").write_text(config + f"method: {method}\n")
     write_cards(mine)
     text = (mine / "iter_01" / "model" / "README.md").read_text()
-    assert told in text and ("Coefficients" in text) == (method != "sft")
+    assert told in text and ("Coefficients" in text) == ("| Samples |" in text) == (method != "sft")
+    path = mine / "iter_01" / "triplets.parquet"
+    if method == "sft":
+        storage.write_parquet(path, pq.read_table(path).select(["row", "prompt", "chosen", "prompt_ids", "chosen_ids"]))
+        write_cards(mine)
+    assert ("trl dpo" in (mine / "README.md").read_text()) == (method != "sft")
 
 
 def test_a_card_changes_no_hash_and_is_the_same_wherever_it_is_made(mine, run, toy):

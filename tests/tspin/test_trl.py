@@ -275,7 +275,9 @@ def test_both_ops_agree_on_every_output(home):
 def test_other_trainers_keep_trls_function(home, tmp_path):
     theirs = trl_utils._ChunkedLogProbFunction
     trainer, _ = make("dpo", home / "llama", tmp_path, max_steps=1)
-    assert fused(trainer) is trainer
+    assert fused(fused(trainer), memory_budget=5000) is trainer, (
+        "once is enough, and a second call only sets the budget"
+    )
     trainer.train()
     assert trl_utils._ChunkedLogProbFunction is theirs
     with pytest.raises(AttributeError):

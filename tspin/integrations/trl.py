@@ -63,6 +63,9 @@ def fused(trainer: TrainerT, *, memory_budget: int | None = None) -> TrainerT:
             "trainer: want at most DeepSpeed ZeRO-2, got ZeRO-3, which takes the head away before the backward"
         )
     _check_seam()
+    if (known := vars(trainer).get("_scoring")) is not None:
+        known.memory_budget = memory_budget
+        return trainer
     scoring = _Scoring(memory_budget)
     names = ["compute_loss", "compute_ref_log_probs"]
     if "CPOTrainer" in ours:
@@ -71,6 +74,7 @@ def fused(trainer: TrainerT, *, memory_budget: int | None = None) -> TrainerT:
     for name in names:
         if hasattr(trainer, name):
             setattr(trainer, name, scoring.of(getattr(trainer, name)))
+    trainer._scoring = scoring  # type: ignore[attr-defined]
     return trainer
 
 
