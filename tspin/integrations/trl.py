@@ -186,7 +186,7 @@ def _check_seam() -> None:
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     problem = (draw(6, 4), 2 * draw(9, 4), draw(9), torch.arange(6), 0.7, 5, 3.0, 1.5)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        pairs = list(zip(theirs.apply(*problem), _Scoring().apply(*problem), strict=True))
+        pairs: list[Any] = list(zip(theirs.apply(*problem), _Scoring().apply(*problem), strict=True))
     if not all(torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-4) for a, b in pairs):
         raise _other_trl("that function returns other numbers")
 
