@@ -1,6 +1,5 @@
 """Every example runs, and what it changes changes no loss and no weight, compiled or not."""
 
-import importlib.util
 import runpy
 import subprocess
 import sys
@@ -10,14 +9,13 @@ import pytest
 import torch
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
-NEEDED = {"lightning_module": "lightning", "trl_dpo": "trl"}
+NEEDED = {"lightning_module": ("lightning", "2.0"), "trl_dpo": ("trl", "1.16")}
 
 
 @pytest.fixture(params=EXAMPLES, ids=lambda path: path.stem)
 def example(request):
-    package = NEEDED.get(request.param.stem)
-    if package and importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
+    if needed := NEEDED.get(request.param.stem):
+        pytest.importorskip(*needed, reason="needs {} {}".format(*needed))
     return request.param
 
 

@@ -138,7 +138,7 @@ def model_card(run: _Run, t: int) -> str:
         "Other settings": ", ".join(f"`{key}: {value}`" for key, value in given.items()) or "defaults",
         "Adapters": f"LoRA of rank {config.lora_r}, alpha {config.lora_alpha}, merged" if config.use_peft else "none",
         "Data": source_text,
-        "Samples": _sampling(config),
+        **({} if args.method == "sft" else {"Samples": _sampling(config)}),
         "Prompt template": "the tokenizer's chat template" if prompt == "chat" else f"`{prompt!r}`",
         "Seed": str(config.seed),
         "SHA-256 of the weights": f"`{storage.model_hash(run.at(t) / 'model')}`",
@@ -171,7 +171,7 @@ def data_card(run: _Run) -> str:
     built = run.iterations("triplets.parquet")
     files = [{"config_name": f"iter_{t:02d}", "data_files": f"iter_{t:02d}/triplets.parquet"} for t in built]
     files[-1]["default"] = True  # type: ignore[assignment]
-    head = {"configs": files, "license": "unknown", "tags": ["preference", "self-play", "tspin", "t-spin"]}
+    head = {"configs": files, "license": "unknown", "tags": ["self-play", "tspin", "t-spin"]}
     head |= {"task_categories": ["text-generation"]}
     tables = {t: pq.ParquetFile(run.at(t) / "triplets.parquet") for t in built}
     columns = [
@@ -182,25 +182,33 @@ def data_card(run: _Run) -> str:
         for name in tables[built[-1]].schema_arrow.names
     ]
     rows = [(f"iter_{t:02d}", table.metadata.num_rows, _cut_share(table)) for t, table in tables.items()]
-    last = f"iter_{built[-1]:02d}"
-    return "\n".join(
-        [
-            f"---\n{_yaml(head)}---\n",
+    made_from = {"Source": source_text, "Model": base_text}
+    parts = ["# Annotated prompts of a run of the package tspin\n"]
+    usage: list[str] = []
+    if "rejected" in tables[built[-1]].schema_arrow.names:
+        made_from["Samples"] = _sampling(config)
+        parts = [
             f"# Triplets of self-play from {base or Path(config.model_name_or_path).name}\n",
             "Prompts with their annotated responses and, of each iteration, the model's own: the columns of TRL's preference data "
             "sets, so that TRL takes them as they are.\n",
+        ]
+        usage = [
+            "\n```bash",
+            f"trl dpo --dataset_name THIS_REPOSITORY --dataset_config iter_{built[-1]:02d} --model_name_or_path MODEL",
+            "```\n",
+            "TRL tokenises the text columns again and ends every response; rows whose `rejected_finish_reason` is `length` did not "
+            "end. The `_ids` columns hold what was trained on.",
+        ]
+    return "\n".join(
+        [
+            f"---\n{_yaml(head)}---\n",
+            *parts,
             *_table(("configuration", "rows", "samples cut short"), rows),
             "",
             *_table(("column", "what it holds"), columns),
             "",
-            *_table(
-                ("made from", ""), {"Source": source_text, "Model": base_text, "Samples": _sampling(config)}.items()
-            ),
-            "\n```bash",
-            f"trl dpo --dataset_name THIS_REPOSITORY --dataset_config {last} --model_name_or_path MODEL",
-            "```\n",
-            "TRL tokenises the text columns again and ends every response; rows whose `rejected_finish_reason` is `length` did not "
-            "end. The `_ids` columns hold what was trained on.",
+            *_table(("made from", ""), made_from.items()),
+            *usage,
             "\n## Versions\n",
             _versions(run),
             "\n## Licence\n",

@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn, get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 

@@ -65,6 +65,10 @@ def ids_of(text: str) -> list[int]:
     return TOKENIZER(text, add_special_tokens=False).input_ids
 
 
+def rendered(prompt: str) -> str:
+    return f"### Instruction: {prompt}\n\n### Response: "
+
+
 def config_for(path, **values) -> SelfPlayConfig:
     return SelfPlayConfig.from_dict({"model_name_or_path": str(Path(path).parent), "dataset": str(path), **values})
 
@@ -99,8 +103,8 @@ def test_every_layout_gives_the_same_example(tmp_path, prompt, response, bos):
     assert [e.row for e in examples] == list(range(len(records)))
     start = [1] if bos else []
     for example in examples:
-        assert (example.prompt, example.response) == (prompt, response)
-        assert example.prompt_ids == start + ids_of(f"### Instruction: {prompt}\n\n### Response: ")
+        assert (example.prompt, example.response) == (rendered(prompt), response)
+        assert example.prompt_ids == start + ids_of(rendered(prompt))
         assert example.response_ids == [*ids_of(response), END]
     mapped = write_jsonl(tmp_path / "mapped.jsonl", [{"question": prompt, "answer": response, "messages": 1}])
     again, _ = load_examples(config_for(mapped, prompt_column="question", response_column="answer"), TOKENIZER)
@@ -331,9 +335,11 @@ def test_files_directories_splits_and_first_rows(tmp_path):
     (tmp_path / "main").mkdir()
     write_jsonl(tmp_path / "main" / "a.jsonl", rows[5:])
     config = config_for(tmp_path, eval_dataset=str(tmp_path), max_rows=3)
-    assert [e.prompt for e in load_examples(config, TOKENIZER)[0]] == ["p0", "p1", "p2"]
-    assert [e.prompt for e in load_examples(config, TOKENIZER, split="eval")[0]] == ["p4"]
-    assert [e.prompt for e in load_examples(config_for(tmp_path, dataset_config="main"), TOKENIZER)[0]] == ["p5"]
+    assert [e.prompt for e in load_examples(config, TOKENIZER)[0]] == [rendered(p) for p in ("p0", "p1", "p2")]
+    assert [e.prompt for e in load_examples(config, TOKENIZER, split="eval")[0]] == [rendered("p4")]
+    assert [e.prompt for e in load_examples(config_for(tmp_path, dataset_config="main"), TOKENIZER)[0]] == [
+        rendered("p5")
+    ]
     assert len(load_examples(config_for(tmp_path, dataset_config="absent"), TOKENIZER)[0]) == 4
     assert [where for where, _ in read_rows(str(tmp_path), None, "train")] == [
         *(f"{tmp_path}/train-00000-of-00002.jsonl, line {i}" for i in (1, 2)),
@@ -388,7 +394,7 @@ def test_gsm8k_is_read_whole():
     examples, report = load_examples(config, TOKENIZER)
     assert (report.total, report.kept) == (7473, 7473)
     source = json.loads((GSM8K / "train.jsonl").read_text().splitlines()[7472])
-    assert (examples[-1].prompt, examples[-1].response) == (source["question"], source["answer"])
+    assert (examples[-1].prompt, examples[-1].response) == (rendered(source["question"]), source["answer"])
     assert TOKENIZER.decode(examples[-1].response_ids) == source["answer"] + "</s>"
     assert len(load_examples(config, TOKENIZER, split="eval")[0]) == 9
 

@@ -63,6 +63,9 @@ def fused(trainer: TrainerT, *, memory_budget: int | None = None) -> TrainerT:
             "trainer: want at most DeepSpeed ZeRO-2, got ZeRO-3, which takes the head away before the backward"
         )
     _check_seam()
+    if (known := vars(trainer).get("_scoring")) is not None:
+        known.memory_budget = memory_budget
+        return trainer
     scoring = _Scoring(memory_budget)
     names = ["compute_loss", "compute_ref_log_probs"]
     if "CPOTrainer" in ours:
@@ -71,6 +74,7 @@ def fused(trainer: TrainerT, *, memory_budget: int | None = None) -> TrainerT:
     for name in names:
         if hasattr(trainer, name):
             setattr(trainer, name, scoring.of(getattr(trainer, name)))
+    trainer._scoring = scoring  # type: ignore[attr-defined]
     return trainer
 
 
@@ -182,7 +186,7 @@ def _check_seam() -> None:
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     problem = (draw(6, 4), 2 * draw(9, 4), draw(9), torch.arange(6), 0.7, 5, 3.0, 1.5)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        pairs = list(zip(theirs.apply(*problem), _Scoring().apply(*problem), strict=True))
+        pairs: list[Any] = list(zip(theirs.apply(*problem), _Scoring().apply(*problem), strict=True))
     if not all(torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-4) for a, b in pairs):
         raise _other_trl("that function returns other numbers")
 
