@@ -110,3 +110,36 @@ def test_check_of_the_recipe_at_its_full_size(tmp_path, capsys):
     assert check_recipe("mistral_7b_ultrachat", tmp_path, layers=32) == 0
     out = capsys.readouterr().out
     assert "MistralForCausalLM, 7,241,732,096 parameters" in out and "3.37 GiB  weights" in out
+
+
+@pytest.mark.soak
+def test_the_costs_and_peaks_that_the_page_states(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    from tspin.cost import GPUS, Cost
+    from tspin.fitting import MemoryCheck
+    from tspin.loading import training_args_of
+    from tspin.memory import Context
+
+    page = (RECIPES.parent / "docs" / "paper_recipe.md").read_text()
+    sizes = MistralConfig(**{k: v for k, v in MISTRAL.items() if k not in ("architectures", "model_type")})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(sizes)
+    config = SelfPlayConfig.from_file(
+        RECIPES / "mistral_7b_ultrachat.yaml", {"use_cpu": True, "output_dir": str(tmp_path)}
+    )
+    args = [training_args_of(config, t) for t in range(5)]
+    rows = re.findall(r"^\| (\d+) \+ (\d+) \| (\w+) \| (.*) \|$", page, re.M)
+    assert len(rows) == 4
+    for prompt, answer, gpu, stated in rows:
+        lengths = [(int(prompt), int(answer))]
+        cost = Cost(config, model, args, lengths * 50000, lengths * 256, GPUS[gpu])
+        found = [*(s.hours for s in (*cost.iterations[0], cost.iterations[1][1])), cost.hours]
+        assert [float(cell) for cell in stated.split(" | ")] == pytest.approx(found, rel=0.03), (gpu, found)
+    assert f"each of the {cost.forward.kernels:,} kernels" in page
+    for gpus, peak in ((8, "25.16 GiB  at the peak"), (4, "need 32.0 GiB each"), (2, "two 48.6")):
+        check = MemoryCheck(sizes, args[1], Context(1792, (256,) * 3), 80 * 2**30, gpus=gpus, sharing=True)
+        assert peak in page and check.prediction.peak / 2**30 == pytest.approx(
+            float(re.search(r"\d+\.\d+", peak)[0]), abs=0.06
+        )
