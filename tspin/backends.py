@@ -103,4 +103,5 @@ class Samplers(ExitStack):
         """End the server and let go of the model."""
         self.iteration, self.arguments = -1, {}
         super().close()
-        gc.collect()
+        if torch.cuda.is_available():
+            gc.collect()

@@ -155,8 +155,8 @@ class Server:
             self._probes.append(_Probe(example, greedy.token_ids, first.tolist(), (first - second).tolist()))
         vocabulary = model.get_input_embeddings().weight.shape[0]
         del model
-        gc.collect()
         if torch.cuda.is_available():
+            gc.collect()
             torch.cuda.empty_cache()
         speaks = TokenIds if self.config.generation_protocol == "token_ids" else Text
         name = self.config.generation_model or self.weights
@@ -267,13 +267,9 @@ class Server:
         mean = sum(differences) / len(differences) if differences else 0.0
         if not mean <= limit:  # a NaN too
             raise self._mismatch(f"its log-probs differ from ours by {mean:.3g} nats a token")
-        logger.log(
-            logging.INFO if compared else logging.WARNING,
-            "the server agrees with %s in %d greedy tokens, and by %.2g nats in their log-probs",
-            self.weights,
-            compared,
-            mean,
-        )
+        if not compared:
+            raise self._mismatch("none of its first greedy tokens is ours")
+        logger.info("the server agrees with %s in %d greedy tokens, log-probs within %.2g nats", self.weights, compared, mean)
 
     def _mismatch(self, what: str) -> ValueError:
         return ValueError(
