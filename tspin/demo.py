@@ -44,11 +44,12 @@ def solve(a: int, b: int, rng: random.Random | None = None) -> str:
 
 def _split(prompt: str) -> str:
     # Decided by the prompt alone, so that no split ever sees another's problems.
-    return "test" if hashlib.sha256(prompt.encode()).digest()[0] < 32 else "train"
+    byte = hashlib.sha256(prompt.encode()).digest()[0]
+    return "test" if byte < 32 else "valid" if byte < 64 else "train"
 
 
 def problems(split: str, seed: int) -> Iterator[tuple[str, int, int]]:
-    """Endless distinct-by-split problems `(prompt, a, b)`."""
+    """Endless problems `(prompt, a, b)` of "train", "valid" or "test", which share none."""
     rng = random.Random(f"{seed}/{split}")
     while True:
         a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
@@ -57,7 +58,8 @@ def problems(split: str, seed: int) -> Iterator[tuple[str, int, int]]:
             yield prompt, a, b
 
 
-def _write_rows(path: Path, split: str, rows: int, seed: int) -> None:
+def write_rows(path: Path, split: str, rows: int, seed: int) -> None:
+    """Write `rows` different problems with clean solutions as JSON lines."""
     made: dict[str, str] = {}
     for prompt, a, b in problems(split, seed):
         made.setdefault(prompt, solve(a, b))
@@ -67,7 +69,8 @@ def _write_rows(path: Path, split: str, rows: int, seed: int) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _build_tokenizer():
+def build_tokenizer():
+    """The tokenizer of the pupil: one token a character."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -171,11 +174,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory.mkdir(parents=True, exist_ok=True)
     done = directory / "pupil.done"
     if not done.exists():
-        _write_rows(directory / "train.jsonl", "train", 128 if options.quick else 512, options.seed)
-        _write_rows(directory / "test.jsonl", "test", 64 if options.quick else 400, options.seed)
+        write_rows(directory / "train.jsonl", "train", 128 if options.quick else 512, options.seed)
+        write_rows(directory / "test.jsonl", "test", 64 if options.quick else 400, options.seed)
         pretrain(
             directory / "pupil",
-            _build_tokenizer(),
+            build_tokenizer(),
             sloppy_texts(options.seed),
             steps=60 if options.quick else 220,
             batch_size=128,

@@ -112,8 +112,8 @@ class SelfPlay:
         self.config = config
         self.directory = Path(config.output_dir)
 
-    def run(self) -> RunResult:
-        """Do what is not yet done and return the final policy.
+    def run(self, *, report: bool = True) -> RunResult:
+        """Do what is not yet done and return the final policy; without `report` no report is written at the end.
 
         Raises:
             ValueError: another process uses the directory; it belongs to another config, model or data; one of its
@@ -132,7 +132,7 @@ class SelfPlay:
                 self._stage("eval_initial", lambda: self._evaluate(0, initial), self._holds("eval_initial", initial))
             for t in range(self.config.iterations):
                 self._iterate(t)
-            if self.is_main:
+            if self.is_main and report:
                 write_report(self.directory)
             wait_for_everyone()
             final = self._at(self.config.iterations - 1) / "model"
@@ -194,16 +194,22 @@ class SelfPlay:
             gc.collect()
             torch.cuda.empty_cache()
 
-    def _open(self) -> None:
-        """Load tokenizer and rows, and bind the directory to this config, model and data, or refuse it."""
-        config, path = self.config, self.directory / "config.yaml"
-        if self.is_main and path.exists() and not config.allow_config_change:
-            changes = [f"{key}: {old!r} -> {new!r}" for key, new, old in config.diff(SelfPlayConfig.from_file(path))]
-            if changes:
+    def refuse_changes(self) -> None:
+        """ValueError where the directory belongs to another config and `allow_config_change` is not set."""
+        path = self.directory / "config.yaml"
+        if path.exists() and not self.config.allow_config_change:
+            pairs = self.config.diff(SelfPlayConfig.from_file(path))
+            if changes := [f"{key}: {old!r} -> {new!r}" for key, new, old in pairs]:
                 raise ValueError(
                     f"output_dir {self.directory} belongs to a run with another config ({'; '.join(changes)}); "
                     "undo the change, choose another output_dir, or set allow_config_change: true"
                 )
+
+    def _open(self) -> None:
+        """Load tokenizer and rows, and bind the directory to this config, model and data, or refuse it."""
+        config, path = self.config, self.directory / "config.yaml"
+        if self.is_main:
+            self.refuse_changes()
         record_path = self.directory / "run.json"
         known = storage.read_json(record_path) if record_path.exists() else None
         fingerprint, self.revision = storage.fingerprint(config.model_name_or_path, config.model_revision, known)
