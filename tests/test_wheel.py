@@ -65,7 +65,7 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 def test_it_is_pure_and_holds_every_module_and_nothing_else(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
-    kinds = (".py", ".typed")
+    kinds = (".py", ".typed", ".jinja")
     wanted = {
         path.relative_to(ROOT).as_posix()
         for name in ("tspin", "tspin_kernels")

@@ -100,8 +100,11 @@ def _parser() -> _Parser:
         "--gpu_memory", metavar="SIZE", help="of the GPU to check for, as 24GB (default: this machine's)"
     )
     checked.add_argument("--rows", metavar="N", type=int, default=2, help="rows to show tokenised (default 2)")
-    report = add(_report, "tables and plots of finished or running runs", takes_words=False)
+    report = add(_report, "a page on a finished or running run, or on several as a comparison", takes_words=False)
     report.add_argument("runs", metavar="RUN", nargs="+", help="a run directory")
+    report.add_argument(
+        "--output_dir", metavar="DIR", help="where the page goes (default: RUN/report; of several runs: tspin-report)"
+    )
     add(_env, "versions and devices, for a bug report", takes_words=False)
     return parser
 
@@ -254,9 +257,7 @@ def _report(args: argparse.Namespace, words: list[str]) -> None:
 
     if missing := [run for run in args.runs if not Path(run).is_dir()]:
         raise FileNotFoundError(f"RUN: want a run directory, got {missing[0]}, which is none")
-    for run in map(Path, args.runs):
-        write_report(run)
-        print(f"wrote {run / 'report'}")
+    print(f"wrote {write_report(args.runs, args.output_dir)}")
 
 
 def _env(args: argparse.Namespace, words: list[str]) -> None:

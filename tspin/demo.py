@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.quick
         else "A quick run: too short for its numbers to mean anything."
     )
-    console.print(f"plot     {result.output_dir / 'report' / 'report.png'}")
+    console.print(f"report   {result.output_dir / 'report' / 'report.html'}")
     console.print(f"model    {result.model_dir}  sha256 {result.model_hash[:16]}")
     console.print(f"again    tspin run --config {directory / 'config.yaml'} --output_dir ANOTHER")
     console.print(f"time     {time.perf_counter() - start:.0f} s")

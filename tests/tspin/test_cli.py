@@ -148,12 +148,14 @@ def test_demo_and_report_pass_their_words_on(monkeypatch, tmp_path, capsys):
     seen = []
     demo, report = types.ModuleType("tspin.demo"), types.ModuleType("tspin.report")
     demo.main = lambda argv: seen.append(argv)
-    report.write_report = seen.append
+    report.write_report = lambda runs, folder: seen.append((runs, folder))
     monkeypatch.setitem(sys.modules, "tspin.demo", demo)
     monkeypatch.setitem(sys.modules, "tspin.report", report)
     assert cli.main(["demo", "--config", "x", "-h", "--fast"]) == 0
     assert cli.main(["report", str(tmp_path), str(tmp_path)]) == 0
-    assert seen == [["--config", "x", "-h", "--fast"], tmp_path, tmp_path]
+    assert cli.main(["report", str(tmp_path), "--output_dir", "there"]) == 0
+    runs = [str(tmp_path)]
+    assert seen == [["--config", "x", "-h", "--fast"], (2 * runs, None), (runs, "there")]
 
 
 def test_env_names_every_version(capsys, monkeypatch):

@@ -1,0 +1,344 @@
+"""The pictures of a report: scores, training dynamics, rewards against log-likelihoods, log-likelihoods of each iteration.
+
+Okabe-Ito colours, of which colour-blind eyes tell every two apart: one a role of a response where one method is shown, one a method
+where several are. Lines carry their names at their ends. Draws from what `tspin.run_files` reads; a panel without data is left out.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tspin.comparison import Estimate, Group
+from tspin.run_files import Run
+from tspin.tables import SCORES, iteration_name
+
+BLUE, VERMILION, GREEN, ORANGE, SKY, PURPLE, GREY = (
+    *("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#555555"),
+)
+_ROLES = (("chosen", "real y", BLUE), ("rejected", "synthetic y'", VERMILION), ("proto", "proto y0", GREEN))
+_GROUPS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY, "#000000")
+_STYLES = ("-", "--", ":")
+_WIDTH = 11.6  # inches, of 100 pixels on the page
+_BINS = 24  # points that an iteration's log is averaged into, at most
+_COLUMNS = 5  # iterations shown side by side, at most
+_LOOK = {
+    "font.size": 9.5,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#777777",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+    "savefig.dpi": 200,
+    "savefig.facecolor": "white",
+}
+
+
+class Picture(NamedTuple):
+    """A drawn figure; `width` in pixels of the page, `alt` for those who do not see it."""
+
+    png: bytes
+    width: int
+    alt: str
+
+
+class _Line(NamedTuple):
+    key: str
+    label: str
+    colour: str
+    style: str = "-"
+
+
+# Title, unit and lines of a panel where one method is shown.
+_PANELS: tuple[tuple[str, str, tuple[_Line, ...]], ...] = (
+    ("Rewards", "reward", tuple(_Line(f"rewards/{m}", label, c) for m, label, c in _ROLES)),
+    ("Log-likelihoods", "nats per response", tuple(_Line(f"logps/{m}", label, c) for m, label, c in _ROLES)),
+    (
+        "Margins of the rewards",
+        "difference of rewards",
+        (
+            _Line("rewards/margins", "current, y less y'", PURPLE),
+            _Line("rewards/history_margins", "history, y' less y0", SKY, "--"),
+        ),
+    ),
+    (
+        "Gradient weights",
+        "weight, from 0 to 1",
+        (
+            _Line("weights/current", "current, σ(-u)", PURPLE),
+            _Line("weights/history", "history, σ(-v)", SKY, "--"),
+        ),
+    ),
+    ("Entropy", "nats per token", tuple(_Line(f"entropy/{m}", label, c) for m, label, c in _ROLES)),
+    ("Lengths", "tokens", tuple(_Line(f"lengths/{m}", label, c) for m, label, c in _ROLES)),
+    (
+        "Shares of triplets",
+        "share",
+        (
+            _Line("rewards/accuracies", "reward favours y", BLUE),
+            _Line("saturated", "saturated", ORANGE),
+            _Line("misaligned", "misaligned", "#000000", ":"),
+            _Line("identical", "y' = y", GREY, "--"),
+            _Line("truncated", "truncated", PURPLE, "--"),
+        ),
+    ),
+    ("Loss", "loss", (_Line("loss", "loss", GREY),)),
+)
+# The same for several methods: a row of panels each, one line a method.
+_TITLES = {
+    **{f"rewards/{m}": f"Reward of {label}" for m, label, _ in _ROLES},
+    **{f"logps/{m}": f"Log-likelihood of {label}, nats" for m, label, _ in _ROLES},
+    "rewards/margins": "Current margin",
+    "rewards/history_margins": "History margin",
+    "rewards/accuracies": "Share with r(y) > r(y')",
+    "weights/current": "Current gradient weight",
+    "weights/history": "History gradient weight",
+    "loss": "Loss (of each method's own)",
+    **{f"entropy/{m}": f"Entropy of {label}, nats/token" for m, label, _ in _ROLES},
+    **{f"lengths/{m}": f"Length of {label}, tokens" for m, label, _ in _ROLES},
+    "saturated": "Share saturated",
+    "misaligned": "Share misaligned",
+    "identical": "Share with y' = y",
+}
+
+
+def draw(groups: Sequence[Group]) -> dict[str, Picture]:
+    """The pictures of these groups by name; those without any data are left out."""
+    pictures = {}
+    with rc_context(_LOOK):
+        for name, picture in (
+            ("scores", _scores(groups)),
+            ("dynamics", _dynamics(groups[0]) if len(groups) == 1 else _dynamics_of_methods(groups)),
+            ("rewards", _rewards(groups)),
+            ("likelihoods", _likelihoods(groups)),
+        ):
+            if picture is not None:
+                pictures[name] = picture
+    return pictures
+
+
+def _finish(figure: Figure, labels: Iterable[tuple[Axes, list[Any]]], alt: str) -> Picture:
+    """Lay out, move labels at the ends of lines off each other, and render."""
+    figure.draw_without_rendering()
+    for axis, texts in labels:
+        _spread_labels(axis, texts)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Picture(buffer.getvalue(), round(100 * figure.get_figwidth()), alt)
+
+
+def _end_label(axis: Axes, y: float, text: str, colour: str) -> Any:
+    transform = axis.get_yaxis_transform()
+    return axis.text(1.015, y, text, color=colour, transform=transform, va="center", fontsize=9, clip_on=False)
+
+
+def _spread_labels(axis: Axes, texts: list[Any]) -> None:
+    texts = sorted(texts, key=lambda text: text.get_position()[1])
+    to_pixels, gap = axis.transData, 1.25 * 9 * axis.figure.dpi / 72
+    bottom, top = axis.bbox.y0, axis.bbox.y1
+    wanted = [min(max(to_pixels.transform((0, text.get_position()[1]))[1], bottom), top) for text in texts]
+    # Up from the lowest, then down from the top of the panel where the last ones were pushed beyond it.
+    placed: list[float] = []
+    for y in wanted:
+        placed.append(max(y, placed[-1] + gap) if placed else y)
+    for i in reversed(range(len(placed))):
+        limit = placed[i + 1] - gap if i + 1 < len(placed) else top
+        placed[i] = min(placed[i], limit)
+    for text, y in zip(texts, placed):
+        text.set_y(to_pixels.inverted().transform((0, y))[1])
+
+
+def _style(index: int) -> tuple[str, str]:
+    return _GROUPS[index % len(_GROUPS)], _STYLES[index // len(_GROUPS) % len(_STYLES)]
+
+
+def _ticks(axis: Axes, iterations: Iterable[int], offset: float = 0.0) -> None:
+    shown = sorted(set(iterations))
+    shown = shown[:: -(-len(shown) // 12)] if shown else shown
+    axis.set_xticks([t + offset for t in shown], ["π₀" if t < 0 else str(t) for t in shown])
+
+
+def _scores(groups: Sequence[Group]) -> Picture | None:
+    """Held-out scores and fresh pairs by iteration: means over seeds with standard deviations, and each seed as a thin line."""
+    panels, alts, labels = [], [], []
+    for key, title, spec in SCORES:
+        curves = []
+        for group in groups:
+            steps = sorted({row["iteration"] for run in group.runs for row in run.rows if key in row})
+            points = [(t, estimate) for t in steps if (estimate := Estimate.of([*group.values(t, key).values()]))]
+            points = [(t, estimate) for t, estimate in points if math.isfinite(estimate.mean)]
+            if points:
+                curves.append((group, points))
+        if curves:
+            panels.append((key, title, spec, curves))
+    if not panels:
+        return None
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(_WIDTH, 3.1 * rows), layout="constrained")
+    grid = figure.subplots(rows, 2, squeeze=False).flat
+    for axis, (key, title, spec, curves) in zip(grid, panels):
+        texts = []
+        for group, points in curves:
+            index = groups.index(group)
+            colour, style = _style(index)
+            shift = 0.05 * (index - (len(groups) - 1) / 2)
+            xs, means = [t + shift for t, _ in points], [estimate.mean for _, estimate in points]
+            bars = [_bar(group, key, t, estimate) for t, estimate in points]
+            axis.errorbar(
+                xs, means, yerr=bars, color=colour, ls=style, marker="o", ms=4.5, capsize=2.5, elinewidth=1, lw=1.6
+            )
+            for run in group.runs if len(group.runs) > 1 else ():
+                own = [(t + shift, score) for t, _ in points if (score := run.score(t, key)) is not None]
+                axis.plot(*zip(*own), color=colour, ls=style, lw=0.7, alpha=0.35)
+            texts.append(
+                _end_label(axis, means[-1], group.label if len(groups) > 1 else format(means[-1], spec), colour)
+            )
+            alts.append(f"{title}, {group.label}: from {means[0]:{spec}} to {means[-1]:{spec}}")
+        axis.set(title=title[0].upper() + title[1:], xlabel="policy after iteration (π₀: initial)")
+        if key != "logprob":
+            axis.set_ylim(-0.02, 1.02)
+        _ticks(axis, [t for _, points in curves for t, _ in points])
+        labels.append((axis, texts))
+    for axis in [*grid][len(panels) :] if False else figure.axes[len(panels) :]:
+        axis.remove()
+    return _finish(figure, labels, f"Scores by iteration. {'; '.join(alts)}.")
+
+
+def _bar(group: Group, key: str, t: int, estimate: Estimate) -> float:
+    """Half an error bar: the standard deviation over seeds, or of one seed's share the standard error over its rows."""
+    if estimate.sd is not None:
+        return estimate.sd if math.isfinite(estimate.sd) else 0.0
+    rows = {"exact_match": "rows", "exact_match_sampled": "rows", "fresh_share": "fresh_rows"}.get(key, "")
+    counts = [count for run in group.runs if (count := run.score(t, rows))]
+    return math.sqrt(estimate.mean * (1 - estimate.mean) / counts[0]) if counts and 0 <= estimate.mean <= 1 else 0.0
+
+
+def _log_length(run: Run, t: int, log: list[dict[str, Any]]) -> float:
+    """Optimizer steps of an iteration: its last one, or while it is under way what its epochs foretell."""
+    step, epoch = log[-1].get("step", len(log)), log[-1].get("epoch")
+    if f"iter_{t:02d}/train" in run.stages or not epoch:
+        return step
+    limits = [run.config.get("num_train_epochs", 3.0), run.config.get("max_steps", -1)]
+    epochs, steps = (v[min(t, len(v) - 1)] if isinstance(v, list) else v for v in limits)
+    return max(step, steps if steps > 0 else step / epoch * epochs)
+
+
+def _series(group: Group, key: str) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each iteration x (iterations), mean over seeds and standard deviation over seeds of `key` in bins of the log."""
+    curves = []
+    for t in sorted({row["iteration"] for run in group.runs for row in run.rows}):
+        logs = [(run, row["log"]) for run in group.runs for row in run.rows if row["iteration"] == t and row["log"]]
+        bins: dict[int, list[tuple[float, float]]] = {}
+        count = min(_BINS, max((len(log) for _, log in logs), default=1))
+        for run, log in logs:
+            length, own = _log_length(run, t, log), {}
+            for i, entry in enumerate(log):
+                if math.isfinite(entry.get(key, math.nan)):
+                    at = min(entry.get("step", i + 1) / length, 1.0)
+                    own.setdefault(max(math.ceil(at * count - 1e-9) - 1, 0), []).append((t + at, entry[key]))
+            for index, points in own.items():
+                bins.setdefault(index, []).append(tuple(np.mean(points, axis=0)))
+        if bins:
+            stacks = [np.array(bins[index]) for index in sorted(bins)]
+            x, y = np.array([stack.mean(0) for stack in stacks]).T
+            sd = np.array([stack[:, 1].std(ddof=1) if len(stack) > 1 else 0.0 for stack in stacks])
+            curves.append((x, y, sd))
+    return curves
+
+
+def _draw_series(axis: Axes, curves: list[tuple[np.ndarray, np.ndarray, np.ndarray]], colour: str, style: str) -> None:
+    for x, y, sd in curves:
+        axis.plot(x, y, color=colour, ls=style, lw=1.5, marker="." if len(x) < 9 else None, ms=5)
+        if sd.any():
+            axis.fill_between(x, y - sd, y + sd, color=colour, alpha=0.15, lw=0)
+
+
+def _dress_steps(axis: Axes, groups: Sequence[Group], title: str, unit: str = "") -> None:
+    iterations = {row["iteration"] for group in groups for run in group.runs for row in run.rows if row["log"]}
+    axis.set(title=title, ylabel=unit, xlim=(min(iterations) - 0.02, max(iterations) + 1.02))
+    axis.grid(False, axis="x")
+    for t in sorted(iterations)[1:]:
+        axis.axvline(t, color="#cccccc", lw=0.8, zorder=0)
+    _ticks(axis, iterations, offset=0.5)
+    axis.tick_params(axis="x", length=0)
+
+
+def _dynamics(group: Group) -> Picture | None:
+    """What the training log holds of one method, over iterations side by side."""
+    panels = []
+    for title, unit, lines in _PANELS:
+        drawn = [(line, curves) for line in lines if (curves := _series(group, line.key))]
+        if drawn:
+            panels.append((title, unit, drawn))
+    if not panels:
+        return None
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(_WIDTH, 2.5 * rows + 0.3), layout="constrained")
+    figure.subplots(rows, 2, squeeze=False)
+    labels = []
+    for axis, (title, unit, drawn) in zip(figure.axes, panels):
+        for line, curves in drawn:
+            _draw_series(axis, curves, line.colour, line.style)
+        _dress_steps(axis, [group], title, unit)
+        labels.append((axis, [_end_label(axis, curves[-1][1][-1], line.label, line.colour) for line, curves in drawn]))
+    for axis in figure.axes[len(panels) :]:
+        axis.remove()
+    for axis in figure.axes[-2:]:
+        axis.set_xlabel("iteration")
+    ends = [
+        f"{title}: " + ", ".join(f"{line.label} {c[-1][1][-1]:.3g}" for line, c in drawn) for title, _, drawn in panels
+    ]
+    return _finish(figure, labels, f"Training log of {group.label}; at its end, {'; '.join(ends)}.")
+
+
+def _dynamics_of_methods(groups: Sequence[Group]) -> Picture | None:
+    """One quantity a panel, one line a method."""
+    panels = []
+    for key, title in _TITLES.items():
+        drawn = [(i, curves) for i, group in enumerate(groups) if (curves := _series(group, key))]
+        if drawn:
+            panels.append((title, drawn))
+    if not panels:
+        return None
+    rows = -(-len(panels) // 3)
+    figure = Figure(figsize=(_WIDTH, 2.15 * rows + 0.5), layout="constrained")
+    figure.subplots(rows, 3, squeeze=False)
+    for axis, (title, drawn) in zip(figure.axes, panels):
+        for i, curves in drawn:
+            _draw_series(axis, curves, *_style(i))
+        _dress_steps(axis, groups, title)
+    for axis in figure.axes[len(panels) :]:
+        axis.remove()
+    for axis in figure.axes[-3:]:
+        axis.set_xlabel("iteration")
+    _legend(figure, groups)
+    return _finish(figure, [], f"Training logs of {', '.join(group.label for group in groups)}, a panel a quantity.")
+
+
+def _legend(figure: Figure, groups: Sequence[Group]) -> None:
+    handles = [figure.axes[0].plot([], [], color=_style(i)[0], ls=_style(i)[1], lw=2)[0] for i in range(len(groups))]
+    names = [group.label for group in groups]
+    figure.legend(
+        handles, names, loc="outside upper left", ncols=min(len(groups), 5), frameon=False, labelcolor="linecolor"
+    )
+
+
+def _rewards(groups: Sequence[Group]) -> Picture | None:
+    return None
+
+
+def _likelihoods(groups: Sequence[Group]) -> Picture | None:
+    return None

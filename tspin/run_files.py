@@ -1,0 +1,117 @@
+"""What a run directory holds, read back for people: config, scores, training log, pairs, samples, timings.
+
+Works on an unfinished run: whatever is not there yet, or is being written, reads as nothing. It computes nothing but means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tspin.config import read_values
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The training log of one iteration: its lines that carry a loss, in order; empty where there is no file."""
+    entries = read_json_lines(path)
+    return [entry for entry in entries if "loss" in entry]
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The values of a file of JSON lines, but for a last line that is still being written."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    entries = []
+    for number, line in enumerate(lines):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            if number + 1 < len(lines):
+                raise ValueError(
+                    f"{path}: want JSON in line {number + 1}, got {line[:80]!r}; restore the file"
+                ) from error
+    return entries
+
+
+def read_iterations(run_dir: str | Path) -> list[dict[str, Any]]:
+    """One dict an iteration, from -1 (the initial policy) on: `iteration`, its evaluation, the mean of its training log under the
+    log's own names, and `log`, the log itself. Iterations not yet trained are left out.
+
+    Raises:
+        ValueError: the directory holds no run.
+    """
+    directory = Path(run_dir)
+    if not (directory / "config.yaml").exists():
+        raise ValueError(f"run: want a run directory, got {directory}, which has no config.yaml")
+    rows = []
+    for t, evaluation, log in [
+        (-1, directory / "eval_initial.json", []),
+        *(
+            (int(path.name[5:]), path / "eval.json", read_metrics(path / "metrics.jsonl"))
+            for path in sorted(directory.glob("iter_[0-9]*"))
+        ),
+    ]:
+        scores = json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.exists() else {}
+        keys = {key for entry in log for key, value in entry.items() if isinstance(value, (int, float))}
+        means = {key: _mean([entry[key] for entry in log if key in entry]) for key in keys}
+        if scores or log:
+            rows.append({**means, **scores, "iteration": t, "log": log})
+    return rows
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory as it stands; `config` is flat, `record` is run.json, `stages` are those done, `rows` as `read_iterations`."""
+
+    directory: Path
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+    record: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, dict[str, str]] = field(default_factory=dict)
+    timings: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, run_dir: str | Path) -> Run:
+        """The run in a directory.
+
+        Raises:
+            ValueError: the directory holds no run, or a file of it is damaged.
+        """
+        directory = Path(run_dir)
+        rows = read_iterations(directory)
+
+        def json_of(name: str) -> dict[str, Any]:
+            path = directory / name
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+        return cls(
+            directory=directory,
+            config=read_values(directory / "config.yaml"),
+            rows=rows,
+            record=json_of("run.json"),
+            stages=json_of("state.json").get("done", {}),
+            timings=read_json_lines(directory / "timings.jsonl"),
+        )
+
+    @property
+    def seed(self) -> int:
+        return self.config.get("seed", 42)
+
+    def score(self, t: int, key: str) -> float | None:
+        """What iteration t (-1: the initial policy) has under `key` of `read_iterations`; None where it has nothing yet."""
+        return next((row.get(key) for row in self.rows if row["iteration"] == t), None)
+
+    def pairs(self, t: int) -> pa.Table | None:
+        """The table of `tspin.pairs` at the end of iteration t, or None."""
+        with contextlib.suppress(OSError, pa.ArrowException):
+            return pq.read_table(self.directory / f"iter_{t:02d}" / "pairs.parquet")
+        return None
