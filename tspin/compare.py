@@ -1,7 +1,7 @@
 """`tspin compare`: the same self-play under several methods and seeds, as one resumable run that ends in one table.
 
 An arm is a name and the keys in which it differs; every pair of arm and seed is a run directory of its own,
-`<output_dir>/<arm>/seed_<seed>`, which `tspin run` on its config.yaml finds complete. What arms of one seed would make alike,
+`<output_dir>/<arm>_seed_<seed>`, which `tspin run` on its config.yaml finds complete. What arms of one seed would make alike,
 bit for bit (the evaluation of pi_0, its proto responses, its first synthetic ones), is made by the first and copied by
 the others, with the hashes that they would have recorded. This module deliberately knows no method and no statistics.
 """
@@ -11,20 +11,23 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_type_hints
+
+from accelerate import PartialState
 
 from tspin import storage
 from tspin.config import SelfPlayConfig
 from tspin.loop import RunResult, SelfPlay, wait_for_everyone
+from tspin.report import write_report
 from tspin.trainer import TSPINConfig
 
 logger = logging.getLogger(__name__)
 
 METHODS: tuple[str, ...] = get_args(get_type_hints(TSPINConfig)["method"])
-_PATHS = ("model_name_or_path", "tokenizer_name_or_path", "dataset", "eval_dataset")
 # Keys that only the training after the first samples reads. Runs that differ in any other share nothing.
 _OF_TRAINING = {
     *("method", "alpha", "beta", "beta_first_iteration", "lam", "spin_mix_previous", "loss_type", "logp_reduction"),
@@ -75,48 +78,83 @@ class Comparison:
     """Runs of every arm with every seed below one directory; `run` may be called in any state that a run left behind.
 
     Args:
-        values: flat keys of the common config. `{seed}` in model_name_or_path, tokenizer_name_or_path, dataset or eval_dataset
-            stands for the seed, for initial policies and data that differ by seed.
-        arms: at least one; the others are compared with the first.
-        seeds: at least one.
-        output_dir: default the config's.
+        values: flat keys of the common config, as `SelfPlayConfig.from_dict`. `{seed}` in model_name_or_path stands for the seed,
+            for initial policies that differ by seed.
+        arms: one or more; the others are compared with the first.
+        seeds: one or more.
     Raises:
-        ValueError: two arms or seeds are alike, or a config is bad; the arm is named.
+        ValueError: an arm or a seed comes twice, or a config is bad; the arm is named.
     """
 
-    def __init__(
-        self, values: Mapping[str, Any], arms: Sequence[Arm], seeds: Sequence[int], output_dir: str | Path | None = None
-    ):
-        self.directory = Path(output_dir or values.get("output_dir") or "tspin-compare")
+    def __init__(self, values: Mapping[str, Any], arms: Sequence[Arm], seeds: Sequence[int]):
+        values = {"output_dir": "tspin-compare", **values}
+        self.directory = Path(values["output_dir"])
         for name, given in (("arms", [arm.name for arm in arms]), ("seeds", list(seeds))):
             if not given or len(set(given)) < len(given):
                 raise ValueError(f"{name}: want one or more, each once, got {given}")
-        self.configs: dict[tuple[str, int], SelfPlayConfig] = {}
-        for seed in seeds:
-            for arm in arms:
-                self.configs[arm.name, seed] = _arm_config(values, arm, seed, self.directory)
+        self.configs = {(arm.name, seed): _arm_config(values, arm, seed) for seed in seeds for arm in arms}
+
+    @property
+    def runs(self) -> list[Path]:
+        """The run directories: of the first seed all arms, then of the next."""
+        return [Path(config.output_dir) for config in self.configs.values()]
 
     def run(self) -> list[RunResult]:
-        """Do what is not yet done, seed by seed, and return the results in the order of seeds, then of arms.
+        """Do what is not yet done, write the report of all runs to `<output_dir>/report`, and return the results as `runs`.
 
         Raises:
             ValueError: as `SelfPlay.run`; before anything is run, where an arm's directory belongs to another config.
         """
         for config in self.configs.values():
             SelfPlay(config).refuse_changes()
-        results = []
+        results: list[RunResult] = []
         for (name, seed), config in self.configs.items():
             logger.info("arm %s, seed %d", name, seed)
-            donors = [result.output_dir for result in results]
-            results.append(SharingSelfPlay(config, donors).run(report=False))
+            results.append(SharingSelfPlay(config, [result.output_dir for result in results]).run(report=False))
+        if PartialState().is_main_process:
+            write_report(self.runs, self.directory / "report")
+        wait_for_everyone()
         return results
 
 
-def _arm_config(values: Mapping[str, Any], arm: Arm, seed: int, directory: Path) -> SelfPlayConfig:
-    keys = {**values, **arm.keys, "seed": seed, "output_dir": str(directory / arm.name / f"seed_{seed}")}
-    for key in _PATHS:
-        if isinstance(keys.get(key), str):
-            keys[key] = keys[key].replace("{seed}", str(seed))
+def read_comparison(
+    values: Mapping[str, Any], methods: str | None = None, arms: Sequence[str] = (), seeds: str | None = None
+) -> Comparison:
+    """The comparison that a config file with the keys `arms` and `seeds` means, or that command-line words mean instead.
+
+    Args:
+        values: flat keys; `arms` maps a name to the keys of that arm (or null), `seeds` is a list.
+        methods: names separated by commas; with `arms`, each as `Arm.from_text`, they replace those of `values`.
+        seeds: numbers separated by commas.
+    """
+    values = dict(values)
+    listed, numbers = values.pop("arms", None) or {}, values.pop("seeds", [])
+    if not isinstance(listed, dict) or not all(isinstance(keys, (dict, NoneType)) for keys in listed.values()):
+        raise ValueError(f"arms: want lines `name: {{key: value, ...}}`, got {listed!r}")
+    made = [Arm(str(name), keys or {}) for name, keys in listed.items()]
+    if methods or arms:
+        made = [Arm.from_text(name) for name in (methods.split(",") if methods else [])] + list(
+            map(Arm.from_text, arms)
+        )
+    try:
+        numbers = [int(number) for number in (seeds.split(",") if seeds else numbers)]
+    except (TypeError, ValueError):
+        raise ValueError(f"seeds: want whole numbers separated by commas, got {seeds or numbers!r}") from None
+    for name, given, option in (("arms", made, "--methods tspin,spin"), ("seeds", numbers, "--seeds 0,1,2")):
+        if not given:
+            raise ValueError(f"{name}: want one or more, got none; set {name} in the config file or give {option}")
+    return Comparison(values, made, numbers)
+
+
+def _arm_config(values: Mapping[str, Any], arm: Arm, seed: int) -> SelfPlayConfig:
+    keys = {
+        **values,
+        **arm.keys,
+        "seed": seed,
+        "output_dir": str(Path(values["output_dir"]) / f"{arm.name}_seed_{seed}"),
+    }
+    if isinstance(model := keys.get("model_name_or_path"), str):
+        keys["model_name_or_path"] = model.replace("{seed}", str(seed))
     try:
         return SelfPlayConfig.from_dict(keys)
     except ValueError as error:
@@ -149,7 +187,8 @@ class SharingSelfPlay(SelfPlay):
         }
         return [name for name, needed in has.items() if needed]
 
-    def _gives(self, name: str):
+    def _gives(self, name: str) -> Callable[[Path], bool]:
+        """Whether a donor has done this stage on the same model, data, versions and machine, with the keys that it reads alike."""
         own = storage.read_json(self.directory / "run.json")
         same = ("processes", "device", "platform", "versions", "model", "data", "eval_data")
 

@@ -343,7 +343,8 @@ class SelfPlay:
                 iteration=t,
             )
             trainer.remove_callback(ProgressCallback)
-            trainer.add_callback(_Progress)
+            if not args.disable_tqdm:
+                trainer.add_callback(_Progress)
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         wait_for_everyone()
         if self.is_main:

@@ -108,11 +108,11 @@ def _next_rates(rows: Rows, method: str) -> list[float]:
     return wanted
 
 
-def tuning(rows: Rows) -> list[Arm]:
-    """The tuning arms that the rows so far ask for."""
+def tuning(rows: Rows, methods: Sequence[str]) -> list[Arm]:
+    """The tuning arms of these methods that the rows so far ask for."""
     return [
         _tuning_arm(method, rate, seed)
-        for method in METHODS
+        for method in methods
         for rate in _next_rates(rows, method)
         for seed in TUNING_SEEDS
     ]
@@ -173,16 +173,16 @@ def named(name: str, seed: int, rates: Mapping[str, float]) -> Arm:
 
 
 def phases(rows: Rows) -> list[list[Arm]]:
-    """Lists of arms to be done one list after the other; while rates are being tuned, tuning alone."""
-    rates = {method: tuned_rate(rows, method) for method in METHODS}
-    if None in rates.values():
-        return [tuning(rows)]
-    known: dict[str, float] = {method: rate for method, rate in rates.items() if rate is not None}
-    blocks: Sequence[tuple[Sequence[str], Sequence[int]]] = [
-        (METHODS, SEEDS),
-        (list(CONTROLS), SEEDS[:3]),
-        (list(MENDING), SEEDS[:3]),
-        (list(CONTROLS), SEEDS[3:]),
-        (list(MENDING), SEEDS[3:]),
-    ]
-    return [tuning(rows)] + [[named(name, seed, known) for seed in seeds for name in names] for names, seeds in blocks]
+    """Lists of arms to be done one list after the other, as far as the rates that the rows have settled reach."""
+    found: list[list[Arm]] = []
+    rates: dict[str, float] = {}
+    for methods in (METHODS[:3], METHODS[3:]):
+        found.append(tuning(rows, methods))
+        for method in methods:
+            if (rate := tuned_rate(rows, method)) is None:
+                return found
+            rates[method] = rate
+        found.append([named(method, seed, rates) for seed in SEEDS for method in methods])
+    for seeds in (SEEDS[:3], SEEDS[3:]):
+        found += [[named(name, seed, rates) for seed in seeds for name in names] for names in (CONTROLS, MENDING)]
+    return found
