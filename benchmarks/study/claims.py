@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -81,11 +82,8 @@ def shown(estimate: Estimate | None, sign: bool = False) -> str:
 
 
 def low(estimate: Estimate) -> float:
-    return estimate.mean - (estimate.ci or float("inf"))
-
-
-def high(estimate: Estimate) -> float:
-    return estimate.mean + (estimate.ci or float("inf"))
+    """The lower end of the interval; there is none where one value was measured."""
+    return -inf if estimate.ci is None else estimate.mean - estimate.ci
 
 
 class Verdict(NamedTuple):

@@ -112,7 +112,9 @@ def _mechanism(study: Study) -> Any:
     for name in names:
         colour, marker = _STYLE[name]
         _band(axes[-1], study, name, lambda t: at(t, FRESH), steps, color=colour, marker=marker, label=LABELS[name])
-    axes[-1].set(title="Fresh pairs with logp(y) < logp(y')", xlabel="iteration", ylabel="share", ylim=(0, None))
+    axes[-1].set(
+        title="Fresh pairs, y < y'", xlabel="iteration", ylabel="share with logp(y) < logp(y')", ylim=(0, None)
+    )
     axes[-1].legend(frameon=False, fontsize=8)
     return figure
 
@@ -126,7 +128,7 @@ def _controls(study: Study) -> Any:
     for question, base, names in QUESTIONS:
         made = [(name, [study.difference(name, base, last(key)) for key in (plan.SCORE, SAMPLED)]) for name in names]
         made = [(f"    {name}", pair) for name, pair in made if pair[0]]
-        lines += [(f"{question}, less {base}", []), *made] if made else []
+        lines += [(question, []), *made] if made else []
     if not lines:
         return None
     figure, axis = _figure(1, 0.8 + 0.24 * len(lines))
@@ -138,7 +140,7 @@ def _controls(study: Study) -> Any:
     for label, colour, marker in (("greedy", "#0072B2", "o"), ("sampled", "#E69F00", "s")):
         axis.plot([], [], color=colour, marker=marker, ls="", label=label)
     axis.set_yticks(range(len(lines)), [name for name, _ in lines], ha="left")
-    axis.tick_params(axis="y", pad=250, length=0)
+    axis.tick_params(axis="y", pad=235, length=0)
     axis.set(
         ylim=(len(lines) - 0.4, -0.6), xlabel="difference in exact match of the last policy, 95 % interval over seeds"
     )

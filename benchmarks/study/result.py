@@ -22,8 +22,8 @@ _WORDS = ("does not hold", "is not settled", "holds", "is pending")
 # What each control is compared with, and what the comparison asks.
 QUESTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("One shared rate of 1e-5", "tspin at 1e-5", ("spin at 1e-5", "tspin_no_history at 1e-5", "sft at 1e-5")),
-    ("The scale of the loss at that rate, T-SPIN", "tspin at 1e-5", ("tspin at 1e-5, alpha 0.1",)),
-    ("The scale of the loss at that rate, SPIN", "spin at 1e-5", ("spin at 1e-5, lam 1",)),
+    ("Scale of the loss at 1e-5, T-SPIN", "tspin at 1e-5", ("tspin at 1e-5, alpha 0.1",)),
+    ("Scale of the loss at 1e-5, SPIN", "spin at 1e-5", ("spin at 1e-5, lam 1",)),
     ("alpha, at T-SPIN's tuned rate", "tspin", ("tspin, alpha 0.1", "tspin, alpha 0.3")),
     ("lam, at SPIN's tuned rate", "spin", ("spin, lam 0.3", "spin, lam 1")),
     ("beta", "tspin", ("tspin_no_history", "tspin, beta 0.3", "tspin, beta 1")),
@@ -44,8 +44,9 @@ _METHOD = f"""\
 The sloppy pupil of `tspin demo` (286k parameters; three-digit sums in columns; 85 % of the solutions it is taught never carry) is
 fine-tuned by the loop of `tspin run` on {plan.TRAIN_ROWS} clean solutions, {plan.ITERATIONS} iterations of two epochs.
 Problems, pupil and samples are made anew for each seed. Rates are tuned for each method by greedy exact match of the last policy
-on {plan.EVAL_ROWS} validation problems, {len(plan.TUNING_SEEDS)} seeds, on a half-decade grid that grows until the best rate has
-both neighbours; all else is measured on {plan.EVAL_ROWS} test problems with {len(SEEDS)} other seeds. No two splits share a problem.
+on {plan.EVAL_ROWS} validation problems, {len(plan.TUNING_SEEDS)} seeds, on a half-decade grid that grows until the best rate
+has both neighbours. All else is measured on {plan.EVAL_ROWS} test problems with {len(SEEDS)} other
+seeds. No two splits share a problem.
 
 Brackets are 95 % intervals (Student's t over seeds) and differences are taken seed by seed. A claim *holds* where every interval
 that it needs lies on its side of the bound, *does not hold* where a mean lies on the other side, and *is not settled* between.
