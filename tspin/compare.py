@@ -20,8 +20,9 @@ from typing import Any, get_args, get_type_hints
 from accelerate import PartialState
 
 from tspin import storage
+from tspin.callbacks import wait_for_everyone
 from tspin.config import SelfPlayConfig
-from tspin.loop import RunResult, SelfPlay, wait_for_everyone
+from tspin.loop import RunResult, SelfPlay
 from tspin.report import write_report
 from tspin.trainer import TSPINConfig
 

@@ -1,4 +1,4 @@
-"""What a policy makes of given responses: exact match, log-likelihood, pairs out of order, and reference log-probs.
+"""What a policy makes of given responses: exact match, log-likelihood, and reference log-probs.
 
 No benchmark harness and no few-shot prompts: the rows are rendered by the template of the run. Numbers are of the
 policy as it is; greedy exact match flatters it, the sampled one is what self-play sees. Log-probs are in nats.
@@ -78,25 +78,6 @@ def score_pairs(
     with torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
         scores = score_references(model, features, collator, batch_size=batch_size, desc="log-likelihood", **scoring)
     return scores["ref_chosen_logps"], scores.get("ref_rejected_logps", [])
-
-
-def fresh_pairs(
-    model: PreTrainedModel, examples: Sequence[Example], generations: Mapping[int, Generation], **scoring: Any
-) -> dict[str, Any]:
-    """What the policy just trained makes of its own new samples y'.
-
-    Returns:
-        fresh_share: share of all pairs with logp(y) < logp(y'); fresh_identical: share with y' = y, which are never
-        counted as out of order; fresh_rows: number of pairs.
-    """
-    real, synthetic = score_pairs(model, examples, generations, **scoring)
-    identical = [generations[e.row].token_ids == e.response_ids for e in examples]
-    below = [r < s and not same for r, s, same in zip(real, synthetic, identical)]
-    return {
-        "fresh_share": sum(below) / len(below),
-        "fresh_identical": sum(identical) / len(identical),
-        "fresh_rows": len(below),
-    }
 
 
 def evaluate(

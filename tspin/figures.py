@@ -1,14 +1,12 @@
-"""The pictures of a report: scores, training dynamics, rewards against log-likelihoods, log-likelihoods of each iteration.
+"""The pictures of a report that show the course of a run: its scores by iteration and its training log.
 
-Okabe-Ito colours, of which colour-blind eyes tell every two apart: one a role of a response where one method is shown, one a method
-where several are. Lines carry their names at their ends. Draws from what `tspin.run_files` reads; a panel without data is left out.
+Draws from what `tspin.run_files` reads; a panel without data is left out. What single pairs show is in tspin.pair_figures.
 """
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,42 +15,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tspin.comparison import Estimate, Group
-from tspin.run_files import Run
-from tspin.tables import SCORES, iteration_name
-
-BLUE, VERMILION, GREEN, ORANGE, SKY, PURPLE, GREY = (
-    *("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#555555"),
+from tspin.pair_figures import likelihoods, rewards
+from tspin.plotting import (
+    BLACK,
+    BLUE,
+    GREY,
+    LOOK,
+    ORANGE,
+    PURPLE,
+    ROLES,
+    SKY,
+    WIDTH,
+    Picture,
+    end_label,
+    finish,
+    iteration_ticks,
+    legend,
+    style_of,
 )
-_ROLES = (("chosen", "real y", BLUE), ("rejected", "synthetic y'", VERMILION), ("proto", "proto y0", GREEN))
-_GROUPS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY, "#000000")
-_STYLES = ("-", "--", ":")
-_WIDTH = 11.6  # inches, of 100 pixels on the page
+from tspin.run_files import Run
+from tspin.tables import SCORES
+
 _BINS = 24  # points that an iteration's log is averaged into, at most
-_COLUMNS = 5  # iterations shown side by side, at most
-_LOOK = {
-    "font.size": 9.5,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#777777",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "xtick.color": "#333333",
-    "ytick.color": "#333333",
-    "savefig.dpi": 200,
-    "savefig.facecolor": "white",
-}
-
-
-class Picture(NamedTuple):
-    """A drawn figure; `width` in pixels of the page, `alt` for those who do not see it."""
-
-    png: bytes
-    width: int
-    alt: str
 
 
 class _Line(NamedTuple):
@@ -64,8 +48,8 @@ class _Line(NamedTuple):
 
 # Title, unit and lines of a panel where one method is shown.
 _PANELS: tuple[tuple[str, str, tuple[_Line, ...]], ...] = (
-    ("Rewards", "reward", tuple(_Line(f"rewards/{m}", label, c) for m, label, c in _ROLES)),
-    ("Log-likelihoods", "nats per response", tuple(_Line(f"logps/{m}", label, c) for m, label, c in _ROLES)),
+    ("Rewards", "reward", tuple(_Line(f"rewards/{m}", label, c) for m, label, c in ROLES)),
+    ("Log-likelihoods", "nats per response", tuple(_Line(f"logps/{m}", label, c) for m, label, c in ROLES)),
     (
         "Margins of the rewards",
         "difference of rewards",
@@ -78,19 +62,19 @@ _PANELS: tuple[tuple[str, str, tuple[_Line, ...]], ...] = (
         "Gradient weights",
         "weight, from 0 to 1",
         (
-            _Line("weights/current", "current, σ(-u)", PURPLE),
-            _Line("weights/history", "history, σ(-v)", SKY, "--"),
+            _Line("weights/current", "current, sigmoid(-u)", PURPLE),
+            _Line("weights/history", "history, sigmoid(-v)", SKY, "--"),
         ),
     ),
-    ("Entropy", "nats per token", tuple(_Line(f"entropy/{m}", label, c) for m, label, c in _ROLES)),
-    ("Lengths", "tokens", tuple(_Line(f"lengths/{m}", label, c) for m, label, c in _ROLES)),
+    ("Entropy", "nats per token", tuple(_Line(f"entropy/{m}", label, c) for m, label, c in ROLES)),
+    ("Lengths", "tokens", tuple(_Line(f"lengths/{m}", label, c) for m, label, c in ROLES)),
     (
         "Shares of triplets",
         "share",
         (
             _Line("rewards/accuracies", "reward favours y", BLUE),
             _Line("saturated", "saturated", ORANGE),
-            _Line("misaligned", "misaligned", "#000000", ":"),
+            _Line("misaligned", "misaligned", BLACK, ":"),
             _Line("identical", "y' = y", GREY, "--"),
             _Line("truncated", "truncated", PURPLE, "--"),
         ),
@@ -99,16 +83,16 @@ _PANELS: tuple[tuple[str, str, tuple[_Line, ...]], ...] = (
 )
 # The same for several methods: a row of panels each, one line a method.
 _TITLES = {
-    **{f"rewards/{m}": f"Reward of {label}" for m, label, _ in _ROLES},
-    **{f"logps/{m}": f"Log-likelihood of {label}, nats" for m, label, _ in _ROLES},
+    **{f"rewards/{m}": f"Reward of {label}" for m, label, _ in ROLES},
+    **{f"logps/{m}": f"Log-likelihood of {label}, nats" for m, label, _ in ROLES},
     "rewards/margins": "Current margin",
     "rewards/history_margins": "History margin",
     "rewards/accuracies": "Share with r(y) > r(y')",
     "weights/current": "Current gradient weight",
     "weights/history": "History gradient weight",
     "loss": "Loss (of each method's own)",
-    **{f"entropy/{m}": f"Entropy of {label}, nats/token" for m, label, _ in _ROLES},
-    **{f"lengths/{m}": f"Length of {label}, tokens" for m, label, _ in _ROLES},
+    **{f"entropy/{m}": f"Entropy of {label}, nats/token" for m, label, _ in ROLES},
+    **{f"lengths/{m}": f"Length of {label}, tokens" for m, label, _ in ROLES},
     "saturated": "Share saturated",
     "misaligned": "Share misaligned",
     "identical": "Share with y' = y",
@@ -118,57 +102,16 @@ _TITLES = {
 def draw(groups: Sequence[Group]) -> dict[str, Picture]:
     """The pictures of these groups by name; those without any data are left out."""
     pictures = {}
-    with rc_context(_LOOK):
+    with rc_context(LOOK):
         for name, picture in (
             ("scores", _scores(groups)),
             ("dynamics", _dynamics(groups[0]) if len(groups) == 1 else _dynamics_of_methods(groups)),
-            ("rewards", _rewards(groups)),
-            ("likelihoods", _likelihoods(groups)),
+            ("rewards", rewards(groups)),
+            ("likelihoods", likelihoods(groups)),
         ):
             if picture is not None:
                 pictures[name] = picture
     return pictures
-
-
-def _finish(figure: Figure, labels: Iterable[tuple[Axes, list[Any]]], alt: str) -> Picture:
-    """Lay out, move labels at the ends of lines off each other, and render."""
-    figure.draw_without_rendering()
-    for axis, texts in labels:
-        _spread_labels(axis, texts)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Picture(buffer.getvalue(), round(100 * figure.get_figwidth()), alt)
-
-
-def _end_label(axis: Axes, y: float, text: str, colour: str) -> Any:
-    transform = axis.get_yaxis_transform()
-    return axis.text(1.015, y, text, color=colour, transform=transform, va="center", fontsize=9, clip_on=False)
-
-
-def _spread_labels(axis: Axes, texts: list[Any]) -> None:
-    texts = sorted(texts, key=lambda text: text.get_position()[1])
-    to_pixels, gap = axis.transData, 1.25 * 9 * axis.figure.dpi / 72
-    bottom, top = axis.bbox.y0, axis.bbox.y1
-    wanted = [min(max(to_pixels.transform((0, text.get_position()[1]))[1], bottom), top) for text in texts]
-    # Up from the lowest, then down from the top of the panel where the last ones were pushed beyond it.
-    placed: list[float] = []
-    for y in wanted:
-        placed.append(max(y, placed[-1] + gap) if placed else y)
-    for i in reversed(range(len(placed))):
-        limit = placed[i + 1] - gap if i + 1 < len(placed) else top
-        placed[i] = min(placed[i], limit)
-    for text, y in zip(texts, placed):
-        text.set_y(to_pixels.inverted().transform((0, y))[1])
-
-
-def _style(index: int) -> tuple[str, str]:
-    return _GROUPS[index % len(_GROUPS)], _STYLES[index // len(_GROUPS) % len(_STYLES)]
-
-
-def _ticks(axis: Axes, iterations: Iterable[int], offset: float = 0.0) -> None:
-    shown = sorted(set(iterations))
-    shown = shown[:: -(-len(shown) // 12)] if shown else shown
-    axis.set_xticks([t + offset for t in shown], ["π₀" if t < 0 else str(t) for t in shown])
 
 
 def _scores(groups: Sequence[Group]) -> Picture | None:
@@ -187,13 +130,13 @@ def _scores(groups: Sequence[Group]) -> Picture | None:
     if not panels:
         return None
     rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(_WIDTH, 3.1 * rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.1 * rows), layout="constrained")
     grid = figure.subplots(rows, 2, squeeze=False).flat
     for axis, (key, title, spec, curves) in zip(grid, panels):
         texts = []
         for group, points in curves:
             index = groups.index(group)
-            colour, style = _style(index)
+            colour, style = style_of(index)
             shift = 0.05 * (index - (len(groups) - 1) / 2)
             xs, means = [t + shift for t, _ in points], [estimate.mean for _, estimate in points]
             bars = [_bar(group, key, t, estimate) for t, estimate in points]
@@ -204,17 +147,19 @@ def _scores(groups: Sequence[Group]) -> Picture | None:
                 own = [(t + shift, score) for t, _ in points if (score := run.score(t, key)) is not None]
                 axis.plot(*zip(*own), color=colour, ls=style, lw=0.7, alpha=0.35)
             texts.append(
-                _end_label(axis, means[-1], group.label if len(groups) > 1 else format(means[-1], spec), colour)
+                end_label(axis, means[-1], group.label if len(groups) > 1 else format(means[-1], spec), colour)
             )
             alts.append(f"{title}, {group.label}: from {means[0]:{spec}} to {means[-1]:{spec}}")
         axis.set(title=title[0].upper() + title[1:], xlabel="policy after iteration (π₀: initial)")
-        if key != "logprob":
+        if key.startswith("exact_match"):
             axis.set_ylim(-0.02, 1.02)
-        _ticks(axis, [t for _, points in curves for t, _ in points])
+        elif key == "fresh_share":
+            axis.set_ylim(bottom=0)
+        iteration_ticks(axis, [t for _, points in curves for t, _ in points])
         labels.append((axis, texts))
-    for axis in [*grid][len(panels) :] if False else figure.axes[len(panels) :]:
+    for axis in figure.axes[len(panels) :]:
         axis.remove()
-    return _finish(figure, labels, f"Scores by iteration. {'; '.join(alts)}.")
+    return finish(figure, labels, f"Scores by iteration. {'; '.join(alts)}.")
 
 
 def _bar(group: Group, key: str, t: int, estimate: Estimate) -> float:
@@ -272,7 +217,7 @@ def _dress_steps(axis: Axes, groups: Sequence[Group], title: str, unit: str = ""
     axis.grid(False, axis="x")
     for t in sorted(iterations)[1:]:
         axis.axvline(t, color="#cccccc", lw=0.8, zorder=0)
-    _ticks(axis, iterations, offset=0.5)
+    iteration_ticks(axis, iterations, offset=0.5)
     axis.tick_params(axis="x", length=0)
 
 
@@ -286,14 +231,14 @@ def _dynamics(group: Group) -> Picture | None:
     if not panels:
         return None
     rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(_WIDTH, 2.5 * rows + 0.3), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.5 * rows + 0.3), layout="constrained")
     figure.subplots(rows, 2, squeeze=False)
     labels = []
     for axis, (title, unit, drawn) in zip(figure.axes, panels):
         for line, curves in drawn:
             _draw_series(axis, curves, line.colour, line.style)
         _dress_steps(axis, [group], title, unit)
-        labels.append((axis, [_end_label(axis, curves[-1][1][-1], line.label, line.colour) for line, curves in drawn]))
+        labels.append((axis, [end_label(axis, curves[-1][1][-1], line.label, line.colour) for line, curves in drawn]))
     for axis in figure.axes[len(panels) :]:
         axis.remove()
     for axis in figure.axes[-2:]:
@@ -301,7 +246,7 @@ def _dynamics(group: Group) -> Picture | None:
     ends = [
         f"{title}: " + ", ".join(f"{line.label} {c[-1][1][-1]:.3g}" for line, c in drawn) for title, _, drawn in panels
     ]
-    return _finish(figure, labels, f"Training log of {group.label}; at its end, {'; '.join(ends)}.")
+    return finish(figure, labels, f"Training log of {group.label}; at its end, {'; '.join(ends)}.")
 
 
 def _dynamics_of_methods(groups: Sequence[Group]) -> Picture | None:
@@ -314,31 +259,15 @@ def _dynamics_of_methods(groups: Sequence[Group]) -> Picture | None:
     if not panels:
         return None
     rows = -(-len(panels) // 3)
-    figure = Figure(figsize=(_WIDTH, 2.15 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.15 * rows + 0.5), layout="constrained")
     figure.subplots(rows, 3, squeeze=False)
     for axis, (title, drawn) in zip(figure.axes, panels):
         for i, curves in drawn:
-            _draw_series(axis, curves, *_style(i))
+            _draw_series(axis, curves, *style_of(i))
         _dress_steps(axis, groups, title)
     for axis in figure.axes[len(panels) :]:
         axis.remove()
     for axis in figure.axes[-3:]:
         axis.set_xlabel("iteration")
-    _legend(figure, groups)
-    return _finish(figure, [], f"Training logs of {', '.join(group.label for group in groups)}, a panel a quantity.")
-
-
-def _legend(figure: Figure, groups: Sequence[Group]) -> None:
-    handles = [figure.axes[0].plot([], [], color=_style(i)[0], ls=_style(i)[1], lw=2)[0] for i in range(len(groups))]
-    names = [group.label for group in groups]
-    figure.legend(
-        handles, names, loc="outside upper left", ncols=min(len(groups), 5), frameon=False, labelcolor="linecolor"
-    )
-
-
-def _rewards(groups: Sequence[Group]) -> Picture | None:
-    return None
-
-
-def _likelihoods(groups: Sequence[Group]) -> Picture | None:
-    return None
+    legend(figure, [group.label for group in groups])
+    return finish(figure, [], f"Training logs of {', '.join(group.label for group in groups)}, a panel a quantity.")

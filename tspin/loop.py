@@ -15,6 +15,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,17 +26,20 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, set_seed
+from transformers import PreTrainedModel, ProgressCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from tspin import storage
+from tspin.callbacks import Progress, Sealing, wait_for_everyone
 from tspin.config import SelfPlayConfig
 from tspin.data import Example, TripletCollator, build_triplets, load_examples
-from tspin.evaluate import evaluate, fresh_pairs, generate_answers, read_references, write_references
+from tspin.evaluate import evaluate, generate_answers, read_references, write_references
 from tspin.generate import derived_seed, generate_responses, read_generations
 from tspin.loading import lora_config, model_of, tokenizer_of
+from tspin.pairs import fresh_summary, pair_table
 from tspin.report import iteration_table, write_report
 from tspin.scoring import scoring_options
+from tspin.timings import timed
 from tspin.trainer import TSPINConfig, TSPINTrainer
 
 logger = logging.getLogger(__name__)
@@ -53,56 +57,6 @@ class RunResult:
     model_dir: Path
     model_hash: str
     evaluations: list[dict[str, Any]]
-
-
-def wait_for_everyone() -> None:
-    """A barrier over all processes. Asked for anew each time: TrainingArguments resets accelerate's state."""
-    PartialState().wait_for_everyone()
-
-
-class _Sealing(TrainerCallback):
-    """Seals each checkpoint once it is whole, and keeps metrics.jsonl equal to the log up to the present step.
-
-    Every save is preceded by a log, so that no average runs across a checkpoint; the last step is always saved.
-    Old checkpoints go only after the new one is sealed, so one whole checkpoint exists at any moment.
-    """
-
-    def __init__(self, checkpoints: storage.Checkpoints, metrics: Path, limit: int | None):
-        self.checkpoints, self.metrics, self.limit = checkpoints, metrics, limit
-        self.saved_step = -1
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            storage.write_atomic(self.metrics, storage.json_lines(state.log_history))
-
-    def on_log(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            with open(self.metrics, "ab") as file:
-                file.write(storage.json_lines(state.log_history[-1:]))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_save |= state.global_step >= state.max_steps
-        control.should_log |= control.should_save
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_save &= state.global_step != self.saved_step
-        control.should_log |= control.should_save
-
-    def on_save(self, args, state, control, **kwargs):
-        self.saved_step = state.global_step
-        wait_for_everyone()
-        if state.is_world_process_zero:
-            self.checkpoints.seal(state.global_step, state.max_steps)
-            self.checkpoints.rotate(self.limit)
-        wait_for_everyone()
-
-
-class _Progress(ProgressCallback):
-    """Trainer's progress bar with the loss beside it, in place of every metric on a line of its own."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}")
 
 
 class SelfPlay:
@@ -161,10 +115,12 @@ class SelfPlay:
         samples = following / "synthetic" if borrows else here / "fresh"
         name, rows = (f"{following.name}/synthetic", None) if borrows else (f"{here.name}/fresh", FRESH_ROWS)
         is_evaluated = self._holds(f"{here.name}/eval", here / "eval.json")
-        is_sampled = is_evaluated or self._holds(name, samples)
+        is_paired = self._holds(f"{here.name}/pairs", here / "pairs.parquet")
+        is_sampled = is_paired or self._holds(name, samples)
         wait_for_everyone()
         self._stage(name, lambda: self._generate(following.name, t + 1, samples, rows), is_sampled)
-        self._stage(f"{here.name}/eval", lambda: self._evaluate(t + 1, here / "eval.json", samples), is_evaluated)
+        self._stage(f"{here.name}/pairs", lambda: self._pair(t, args, samples), is_paired)
+        self._stage(f"{here.name}/eval", lambda: self._evaluate(t + 1, here / "eval.json"), is_evaluated)
         if self.is_main and not is_evaluated:
             Console().print(iteration_table(self.directory))
 
@@ -183,8 +139,9 @@ class SelfPlay:
             logger.warning("%s is done, but its files are missing or altered: doing it again", name)
         else:
             logger.info("%s", name)
-        path = work()
-        wait_for_everyone()
+        with timed(self.directory / "timings.jsonl", name) if self.is_main else nullcontext():
+            path = work()
+            wait_for_everyone()
         if self.is_main:
             record = {"path": str(path.relative_to(self.directory)), "sha256": storage.content_hash(path)}
             storage.write_json(self.directory / "state.json", {"done": {**self.done, name: record}})
@@ -242,20 +199,25 @@ class SelfPlay:
     def _training_args(self, t: int) -> TSPINConfig:
         seed = derived_seed(self.config.seed, f"{self._at(t).name}/train")
         fixed = {"output_dir": str(self._at(t) / "checkpoints"), "seed": seed, "data_seed": seed}
-        # Rotation waits for the seal (see _Sealing), a checkpoint without optimizer state cannot be resumed, and one
+        # Rotation waits for the seal (see tspin.callbacks), a checkpoint without optimizer state cannot be resumed, and one
         # process may wait for hours while another finishes its shards.
         fixed |= {"save_total_limit": None, "save_only_model": False, "ddp_timeout": 7 * 24 * 3600}
         return TSPINConfig(**self.config.training_at(t) | fixed)
 
-    def _load(self, t: int, whole: bool = False) -> PreTrainedModel:
-        """The weights of pi_t, on this process's device; `whole` in the precision in which they are kept."""
-        path = self._at(t - 1) / "model"
-        if t > 0 and not path.exists():
+    def _required(self, t: int, name: str) -> Path:
+        """A file or directory of iteration t that only that iteration makes."""
+        path = self._at(t) / name
+        if not path.exists():
             raise ValueError(
-                f"{path} is missing; restore it, or delete {self._at(t - 1)} and all later iterations, "
+                f"{path} is missing; restore it, or delete {self._at(t)} and all later iterations, "
                 "and the same command makes them again"
             )
-        device, named = cast(torch.device, PartialState().device), None if t == 0 else str(path)
+        return path
+
+    def _load(self, t: int, whole: bool = False) -> PreTrainedModel:
+        """The weights of pi_t, on this process's device; `whole` in the precision in which they are kept."""
+        path = self._required(t - 1, "model") if t > 0 else None
+        device, named = cast(torch.device, PartialState().device), path and str(path)
         return model_of(self.config, named, revision=self.revision, whole=whole, device=device)
 
     def _generate(self, name: str, t: int, directory: Path, rows: int | None = None) -> Path:
@@ -339,12 +301,12 @@ class SelfPlay:
                 train_dataset=Dataset(table),
                 processing_class=self.tokenizer,
                 peft_config=lora_config(self.config),
-                callbacks=[_Sealing(checkpoints, metrics, self.config.training_at(t).get("save_total_limit"))],
+                callbacks=[Sealing(checkpoints, metrics, self.config.training_at(t).get("save_total_limit"))],
                 iteration=t,
             )
             trainer.remove_callback(ProgressCallback)
             if not args.disable_tqdm:
-                trainer.add_callback(_Progress)
+                trainer.add_callback(Progress)
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         wait_for_everyone()
         if self.is_main:
@@ -370,8 +332,21 @@ class SelfPlay:
         wait_for_everyone()
         return directory
 
-    def _evaluate(self, t: int, path: Path, samples: Path | None = None) -> Path:
-        """Write what pi_t scores on the held-out rows and on its own samples for the first training rows."""
+    def _pair(self, t: int, args: TSPINConfig, samples: Path) -> Path:
+        """Write what pi_{t+1} makes, pair by pair, of the first training rows: of their triplets and of its new samples."""
+        path, first = self._at(t) / "pairs.parquet", self._at(0) / "synthetic"
+        if self.is_main:
+            self._required(t, "model")
+            trained, drawn = pq.read_table(self._required(t, "triplets.parquet")), read_generations(samples)
+            initial = read_generations(first) if first.exists() else None
+            rows = self.examples[:FRESH_ROWS]
+            table = pair_table(self._load, args, t, trained, rows, drawn, initial, pad_token_id=self.pad_token_id)
+            storage.write_parquet(path, table)
+        wait_for_everyone()
+        return path
+
+    def _evaluate(self, t: int, path: Path) -> Path:
+        """Write what pi_t scores on the held-out rows, and what its fresh pairs come to."""
         model, result, seed = self._load(t), {"iteration": t - 1}, derived_seed(self.config.seed, "eval")
         answers, sampled = path.with_suffix(""), self.config.eval_sampled
         if self.held_out:
@@ -386,10 +361,8 @@ class SelfPlay:
             if self.held_out:
                 options = {"directory": answers, "sampled": sampled, "answer_pattern": pattern}
                 result |= evaluate(model, self.tokenizer, self.held_out, scoring_batch_size=size, **options, **scoring)
-            if samples is not None:
-                options = {"pad_token_id": self.pad_token_id, "batch_size": size}
-                examples, drawn = self.examples[:FRESH_ROWS], read_generations(samples)
-                result |= fresh_pairs(model, examples, drawn, **options, **scoring)
+            if t > 0:
+                result |= fresh_summary(pq.read_table(path.with_name("pairs.parquet")))
             storage.write_json(path, result)
         wait_for_everyone()
         return path

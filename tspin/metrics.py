@@ -29,16 +29,22 @@ def reduced(args: TSPINConfig, sequences: SequenceStats, ref_logps: Tensor | Non
     return sequences.logprobs / lengths, None if ref_logps is None else ref_logps / lengths
 
 
+def rewards(args: TSPINConfig, sequences: SequenceStats, ref_logps: Tensor | None) -> Tensor:
+    """[B, G]: scaled log-probs, less the reference's where the method has one."""
+    logps, refs = reduced(args, sequences, ref_logps)
+    return (args.lam if args.method == "spin" else args.alpha) * (logps if refs is None else logps - refs)
+
+
 def triplet_metrics(
     args: TSPINConfig, members: tuple[str, ...], sequences: SequenceStats, batch: Batch
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """What is logged about a batch: name -> (numerators [B], denominators [B]), both to be summed and then divided.
 
-    logps are sums over tokens. Rewards are scaled log-probs, less the reference's where the method has one; u and v,
-    the margins of the rewards, are the arguments of the two losses.
+    logps are sums over tokens. u and v, the margins of the rewards, are the arguments of the two losses. Shares of triplets
+    leave out those whose y' is y.
     """
-    logps, refs = reduced(args, sequences, batch.get("ref_logps") if args.needs_references else None)
-    rewards: Tensor = (args.lam if args.method == "spin" else args.alpha) * (logps if refs is None else logps - refs)
+    refs = batch.get("ref_logps") if args.needs_references else None
+    (logps, _), gains = reduced(args, sequences, refs), rewards(args, sequences, refs)
     entropy: Any = sequences.entropy
     one, distinct = torch.ones_like(batch["identical"]), ~batch["identical"]
     metrics = {"truncated": (batch["truncated"], one), "identical": (batch["identical"], one)}
@@ -47,17 +53,17 @@ def triplet_metrics(
         metrics[f"entropy/{member}"] = (entropy[:, m], sequences.lengths[:, m])
         metrics[f"lengths/{member}"] = (sequences.lengths[:, m], one)
         if len(members) > 1:
-            metrics[f"rewards/{member}"] = (rewards[:, m], one)
+            metrics[f"rewards/{member}"] = (gains[:, m], one)
     if len(members) > 1:
-        u = rewards[:, 0] - rewards[:, 1]
+        u = gains[:, 0] - gains[:, 1]
         misaligned = (u > 0) & (logps[:, 0] < logps[:, 1])
         metrics["rewards/margins"] = (u, one)
         metrics["rewards/accuracies"] = ((u > 0) & distinct, distinct)
         metrics["misaligned"] = (misaligned & distinct, distinct)
         metrics["weights/current"] = (torch.sigmoid(-u), one)
-        metrics["saturated"] = (torch.sigmoid(-u) < 0.01, one)
+        metrics["saturated"] = ((torch.sigmoid(-u) < 0.01) & distinct, distinct)
     if len(members) > 2:
-        v = rewards[:, 1] - rewards[:, 2]
+        v = gains[:, 1] - gains[:, 2]
         metrics["rewards/history_margins"] = (v, one)
         metrics["weights/history"] = (torch.sigmoid(-v), one)
     counted = batch["counted"]

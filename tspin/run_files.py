@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -70,7 +72,7 @@ def _mean(values: list[float]) -> float:
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory as it stands; `config` is flat, `record` is run.json, `stages` are those done, `rows` as `read_iterations`."""
+    """One run directory as it stands: its flat config, `read_iterations`, run.json, the stages that are done, timings.jsonl."""
 
     directory: Path
     config: dict[str, Any]
@@ -110,8 +112,49 @@ class Run:
         """What iteration t (-1: the initial policy) has under `key` of `read_iterations`; None where it has nothing yet."""
         return next((row.get(key) for row in self.rows if row["iteration"] == t), None)
 
-    def pairs(self, t: int) -> pa.Table | None:
-        """The table of `tspin.pairs` at the end of iteration t, or None."""
+    def pairs(self, t: int) -> dict[str, np.ndarray] | None:
+        """The columns of `tspin.pairs` at the end of iteration t, nan for null; None where there are none."""
+        try:
+            table = pq.read_table(self.directory / f"iter_{t:02d}" / "pairs.parquet")
+        except (OSError, pa.ArrowException):
+            return None
+        return {name: table[name].to_numpy() for name in table.column_names}
+
+    def prompts(self, count: int) -> list[Prompt]:
+        """The first rows of the training data: what `responses` can be shown beside. Empty before the first triplets are built."""
+        for path in sorted(self.directory.glob("iter_[0-9]*/triplets.parquet")):
+            with contextlib.suppress(OSError, pa.ArrowException):
+                table = pq.read_table(path, columns=["row", "prompt", "chosen"])
+                rows = sorted({row["row"]: row for row in table.to_pylist()}.values(), key=lambda row: row["row"])
+                return [Prompt(row["row"], row["prompt"], row["chosen"]) for row in rows[:count]]
+        return []
+
+    def responses(self, rows: Sequence[int]) -> dict[str, dict[int, tuple[str, str]]]:
+        """By source, then by row: text and finish reason. Sources: "y0", the proto responses; "π0", "π1", ..., the policies."""
+        sources = {"y0": self.directory / "proto"}
+        for row in sorted(self.directory.glob("iter_[0-9]*")):
+            t = int(row.name[5:])
+            sources |= {f"π{t}": row / "synthetic"} if (row / "synthetic").exists() else {}
+            sources |= {f"π{t + 1}": row / "fresh"} if (row / "fresh").exists() else {}
+        found = {name: _responses(directory, set(rows)) for name, directory in sources.items()}
+        return {name: texts for name, texts in found.items() if texts}
+
+
+class Prompt(NamedTuple):
+    """A row of the training data: its number, the prompt, and the annotated response."""
+
+    row: int
+    text: str
+    response: str
+
+
+def _responses(directory: Path, rows: set[int]) -> dict[int, tuple[str, str]]:
+    found: dict[int, tuple[str, str]] = {}
+    for path in sorted(directory.glob("shard-*.parquet")):
+        if rows <= found.keys():
+            break
         with contextlib.suppress(OSError, pa.ArrowException):
-            return pq.read_table(self.directory / f"iter_{t:02d}" / "pairs.parquet")
-        return None
+            table = pq.read_table(path, columns=["row", "text", "finish_reason"])
+            own = {row["row"]: (row["text"], row["finish_reason"]) for row in table.to_pylist()}
+            found |= {row: own[row] for row in rows & own.keys()}
+    return found

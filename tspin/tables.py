@@ -34,9 +34,15 @@ class Cells(NamedTuple):
     headers: list[str]
     rows: list[list[str]]
 
+    def without_empty(self) -> Cells:
+        """The table less its columns that are empty in every row."""
+        kept = [i for i in range(len(self.headers)) if i == 0 or any(row[i] for row in self.rows)]
+        return Cells([self.headers[i] for i in kept], [[row[i] for i in kept] for row in self.rows])
+
     def markdown(self) -> str:
         lines = [self.headers, ["---"] * len(self.headers), *self.rows]
-        return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+        cells = ([" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in lines)
+        return "".join("| " + " | ".join(line) + " |\n" for line in cells)
 
 
 def iteration_cells(rows: list[dict[str, Any]]) -> Cells:
@@ -83,6 +89,16 @@ def comparison_cells(groups: Sequence[Group], key: str) -> Cells:
             row.append("" if group is groups[0] else difference(paired_difference(groups[0], group, common, key), spec))
         rows.append(row)
     return Cells(headers, rows)
+
+
+def difference_cells(groups: Sequence[Group], key: str) -> Cells:
+    """The paired differences of every group from the first at every iteration; no rows where nothing can be paired."""
+    _, _, spec = score_of(groups, key)
+    first, *others = groups
+    steps = sorted({row["iteration"] for run in first.runs for row in run.rows if key in row})
+    table = [(group, [paired_difference(first, group, t, key) for t in steps]) for group in others]
+    rows = [[group.label, *(difference(estimate, spec) for estimate in row)] for group, row in table if any(row)]
+    return Cells(["run", *map(iteration_name, steps)], rows)
 
 
 def _spread(estimate: Estimate | None, spec: str, seeds: int) -> str:

@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerState
 
 from tspin import loop, storage, trainer
+from tspin.callbacks import Sealing
 from tspin.config import SelfPlayConfig
 from tspin.generate import derived_seed
 from tspin.loading import load_model
@@ -80,7 +81,14 @@ def outcome(directory: Path) -> dict:
         entries = [json.loads(line) for line in path.read_text().splitlines()]
         metrics[path.parent.name] = [{k: v for k, v in e.items() if k not in TIMINGS} for e in entries]
     files = {}
-    for pattern in ("*.json", "iter_*/eval.json", "iter_*/triplets.parquet", "**/shard-*.parquet", "iter_*/model/*"):
+    for pattern in (
+        "*.json",
+        "iter_*/eval.json",
+        "iter_*/triplets.parquet",
+        "iter_*/pairs.parquet",
+        "**/shard-*.parquet",
+        "iter_*/model/*",
+    ):
         for path in directory.glob(pattern):
             files[str(path.relative_to(directory))] = storage.sha256(path)
     for name in ("run.json", "state.json"):
@@ -186,7 +194,7 @@ def test_training_starts_from_the_policy_of_the_last_iteration(toy, tmp_path):
 def test_a_resumed_training_drops_the_log_lines_after_its_checkpoint(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 2}\n{"step": 4}\n{"st')
-    sealing, state = loop._Sealing(storage.Checkpoints(tmp_path), metrics, None), TrainerState()
+    sealing, state = Sealing(storage.Checkpoints(tmp_path), metrics, None), TrainerState()
     state.log_history = [{"step": 2}]
     sealing.on_train_begin(None, state, None)
     state.log_history.append({"step": 4})

@@ -1,0 +1,111 @@
+"""How every picture of a report looks: colours, sizes, and labels at the ends of lines that keep off each other.
+
+Okabe-Ito colours, of which colour-blind eyes tell every two apart: one a role of a response where one method is shown, one a method
+where several are. Knows nothing of what is drawn.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+SKY, PURPLE, BLACK, GREY = "#56B4E9", "#CC79A7", "#000000", "#555555"
+ROLES = (("chosen", "real y", BLUE), ("rejected", "synthetic y'", VERMILION), ("proto", "proto y0", GREEN))
+_GROUPS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY, BLACK)
+_STYLES = ("-", "--", ":")
+WIDTH = 11.6  # inches, of 100 pixels on the page
+LOOK = {
+    "font.size": 9.5,
+    "text.parse_math": False,  # a label may hold a regular expression
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#777777",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+    "savefig.dpi": 200,
+    "savefig.facecolor": "white",
+}
+
+
+class Picture(NamedTuple):
+    """A drawn figure; `width` in pixels of the page, `alt` for those who do not see it."""
+
+    png: bytes
+    width: int
+    alt: str
+
+
+def ink(colour: str) -> tuple[float, ...]:
+    """The colour, darkened until text in it has the contrast 4.5 : 1 to white that WCAG asks for."""
+    rgb = to_rgb(colour)
+    while 1.05 / (0.05 + _luminance(rgb)) < 4.5:
+        rgb = tuple(0.95 * part for part in rgb)
+    return rgb
+
+
+def _luminance(rgb: Sequence[float]) -> float:
+    linear = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in rgb)
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear))
+
+
+def finish(figure: Figure, labels: Iterable[tuple[Axes, list[Any]]], alt: str) -> Picture:
+    """Lay out, move labels at the ends of lines off each other, and render."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axis, texts in labels:
+        _spread_labels(axis, texts)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Picture(buffer.getvalue(), round(100 * figure.get_figwidth()), alt)
+
+
+def end_label(axis: Axes, y: float, text: str, colour: str) -> Any:
+    transform = axis.get_yaxis_transform()
+    return axis.text(1.015, y, text, color=ink(colour), transform=transform, va="center", fontsize=9, clip_on=False)
+
+
+def _spread_labels(axis: Axes, texts: list[Any]) -> None:
+    texts = sorted(texts, key=lambda text: text.get_position()[1])
+    to_pixels, gap = axis.transData, 1.25 * 9 * axis.figure.dpi / 72
+    bottom, top = axis.bbox.y0, axis.bbox.y1
+    wanted = [min(max(to_pixels.transform((0, text.get_position()[1]))[1], bottom), top) for text in texts]
+    # Up from the lowest, then down from the top of the panel where the last ones were pushed beyond it.
+    placed: list[float] = []
+    for y in wanted:
+        placed.append(max(y, placed[-1] + gap) if placed else y)
+    for i in reversed(range(len(placed))):
+        limit = placed[i + 1] - gap if i + 1 < len(placed) else top
+        placed[i] = min(placed[i], limit)
+    for text, y in zip(texts, placed):
+        text.set_y(to_pixels.inverted().transform((0, y))[1])
+
+
+def style_of(index: int) -> tuple[str, str]:
+    return _GROUPS[index % len(_GROUPS)], _STYLES[index // len(_GROUPS) % len(_STYLES)]
+
+
+def iteration_ticks(axis: Axes, iterations: Iterable[int], offset: float = 0.0) -> None:
+    shown = sorted(set(iterations))
+    shown = shown[:: -(-len(shown) // 12)] if shown else shown
+    axis.set_xticks([t + offset for t in shown], ["π₀" if t < 0 else str(t) for t in shown])
+
+
+def legend(figure: Figure, names: Sequence[str]) -> None:
+    """The names of the methods in their colours, above all panels."""
+    styles = [style_of(i) for i in range(len(names))]
+    handles = [figure.axes[0].plot([], [], color=colour, ls=style, lw=2)[0] for colour, style in styles]
+    inks = [ink(colour) for colour, _ in styles]
+    columns = max(1, min(len(names), 110 // (max(map(len, names)) + 8)))
+    figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, labelcolor=inks)
