@@ -91,6 +91,18 @@ def _parser() -> _Parser:
 
     add(_demo, "a small self-play experiment from nothing, on a CPU", add_help=False)
     add_keyed(_run, "the self-play loop; run the same command again to resume")
+    compare = add_keyed(_compare, "the loop under several methods and seeds; run the same command again to resume")
+    compare.add_argument("--methods", metavar="A,B", help="arms that differ in their method alone")
+    compare.add_argument(
+        "--arm",
+        metavar="NAME:KEY=VALUE,...",
+        action="append",
+        default=[],
+        help="an arm that differs in any keys, e.g. spin:learning_rate=3e-6; may be given again",
+    )
+    compare.add_argument(
+        "--seeds", metavar="0,1,2", help="of every arm; arms and seeds may stand in the config file too"
+    )
     generate = add_keyed(_generate, "sample responses of a model to a data set into output_dir")
     generate.add_argument("--split", choices=("train", "eval"), default="train", help="dataset or eval_dataset")
     train = add_keyed(_train, "train one iteration on given triplets into output_dir/model")
@@ -167,6 +179,22 @@ def _run(args: argparse.Namespace, words: list[str]) -> None:
     from tspin.loop import SelfPlay
 
     SelfPlay(config).run()
+
+
+def _compare(args: argparse.Namespace, words: list[str]) -> None:
+    from accelerate import PartialState
+    from rich.console import Console
+
+    from tspin.compare import read_comparison
+    from tspin.report import comparison_table
+
+    comparison = read_comparison(read_values(args.config, words), args.methods, args.arm, args.seeds)
+    results = comparison.run()
+    if PartialState().is_main_process:
+        scores = [key for key in ("exact_match", "exact_match_sampled") if key in results[0].evaluations[-1]]
+        for key in scores or [None]:
+            Console().print(comparison_table(comparison.runs, key))
+        print(f"report {comparison.directory / 'report' / 'report.html'}")
 
 
 def _generate(args: argparse.Namespace, words: list[str]) -> None:

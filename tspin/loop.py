@@ -76,8 +76,8 @@ class SelfPlay:
                 "weights, so the loop starts one for each, and a server at generation_url serves `tspin generate` only"
             )
 
-    def run(self) -> RunResult:
-        """Do what is not yet done and return the final policy.
+    def run(self, *, report: bool = True) -> RunResult:
+        """Do what is not yet done and return the final policy; without `report` no report is written at the end.
 
         Raises:
             ValueError: another process uses the directory; it belongs to another config, model or data; one of its
@@ -104,6 +104,7 @@ class SelfPlay:
             if self.is_main:
                 self._name_damage()
                 write_cards(self.directory)
+            if self.is_main and report:
                 write_report(self.directory)
             wait_for_everyone()
             final = self._at(self.config.iterations - 1) / "model"
@@ -224,23 +225,27 @@ class SelfPlay:
             gc.collect()
             torch.cuda.empty_cache()
 
-    def _open(self) -> None:
-        """Load tokenizer and rows, and bind the directory to this config, model and data, or refuse it."""
-        config, path = self.config, self.directory / "config.yaml"
-        if self.is_main and path.exists() and not config.allow_config_change:
+    def refuse_changes(self) -> None:
+        """ValueError where the directory belongs to another config and `allow_config_change` is not set."""
+        path = self.directory / "config.yaml"
+        if path.exists() and not self.config.allow_config_change:
             try:
-                changes = [
-                    f"{key}: {old!r} -> {new!r}" for key, new, old in config.diff(SelfPlayConfig.from_file(path))
-                ]
+                pairs = self.config.diff(SelfPlayConfig.from_file(path))
             except ValueError as error:
                 raise ValueError(
                     f"{path} is damaged ({error}); restore it, or delete {path}, and the same command writes it anew"
                 ) from error
-            if changes:
+            if changes := [f"{key}: {old!r} -> {new!r}" for key, new, old in pairs]:
                 raise ValueError(
                     f"output_dir {self.directory} belongs to a run with another config (config.yaml: {'; '.join(changes)}); "
                     "undo the change, choose another output_dir, or set allow_config_change: true"
                 )
+
+    def _open(self) -> None:
+        """Load tokenizer and rows, and bind the directory to this config, model and data, or refuse it."""
+        config, path = self.config, self.directory / "config.yaml"
+        if self.is_main:
+            self.refuse_changes()
         self.harness = Harness(benchmarks(config.tasks), config.include_path) if config.tasks else None
         record_path = self.directory / "run.json"
         known = storage.read_record(record_path) if record_path.exists() else None
@@ -395,7 +400,8 @@ class SelfPlay:
             )
             trainer.diagnostics = str(self._at(t) / "diagnostics")
             trainer.remove_callback(ProgressCallback)
-            trainer.add_callback(Progress)
+            if not args.disable_tqdm:
+                trainer.add_callback(Progress)
             try:
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
             except UnpicklingError as error:

@@ -269,7 +269,9 @@ class Server:
             raise self._mismatch(f"its log-probs differ from ours by {mean:.3g} nats a token")
         if not compared:
             raise self._mismatch("none of its first greedy tokens is ours")
-        logger.info("the server agrees with %s in %d greedy tokens, log-probs within %.2g nats", self.weights, compared, mean)
+        logger.info(
+            "the server agrees with %s in %d greedy tokens, log-probs within %.2g nats", self.weights, compared, mean
+        )
 
     def _mismatch(self, what: str) -> ValueError:
         return ValueError(

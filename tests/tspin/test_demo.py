@@ -39,7 +39,7 @@ def test_splits_share_no_problem_and_are_reproducible():
 
 
 def test_the_tokenizer_gives_back_every_problem_character_by_character():
-    tokenizer = demo._build_tokenizer()
+    tokenizer = demo.build_tokenizer()
     text = next(demo.sloppy_texts(0))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(ids) == len(text) and tokenizer.decode(ids) == text

@@ -1,0 +1,191 @@
+"""The rows of named arms, statistics over seeds, and the verdict on each of the paper's claims.
+
+Intervals are 95 % by Student's t over seeds, of differences taken seed by seed. The rules of the verdicts stand in STUDY.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import inf
+from statistics import mean
+from typing import Any, NamedTuple
+
+from benchmarks.study import plan
+from benchmarks.study.plan import (
+    CONTROLS,
+    MENDING,
+    METHODS,
+    NAMES,
+    SEEDS,
+    Rows,
+    final,
+    named,
+    tuned_rate,
+)
+from tspin.comparison import Estimate
+
+Row = Mapping[str, Any]
+Series = dict[int, Row]  # by seed
+SAMPLED, FRESH = "exact_match_sampled", "fresh_share"
+HALF = 0.4  # of the pairs misaligned, which (b) lets pass for a half
+MARGIN = 0.02  # of exact match, within which (c) lets two policies pass for matched
+
+
+class Study(NamedTuple):
+    """The rows of each named arm, by seed, and the tuned rates."""
+
+    rows: Rows
+    rates: dict[str, float]
+    arms: dict[str, Series]
+
+    @classmethod
+    def of(cls, rows: Rows) -> Study:
+        rates = {method: rate for method in METHODS if (rate := tuned_rate(rows, method)) is not None}
+        arms: dict[str, Series] = {}
+        for name in NAMES:
+            keys = {**CONTROLS, **MENDING}.get(name, {"method": name})
+            if keys["method"] in rates and (name not in MENDING or "sft" in rates):
+                found = {seed: rows.get(named(name, seed, rates).id) for seed in SEEDS}
+                arms[name] = {seed: row for seed, row in found.items() if row}
+        return cls(rows, rates, arms)
+
+    def values(self, name: str, of: Callable[[Row], float]) -> dict[int, float]:
+        return {seed: of(row) for seed, row in self.arms.get(name, {}).items()}
+
+    def estimate(self, name: str, of: Callable[[Row], float]) -> Estimate | None:
+        return Estimate.of(list(self.values(name, of).values()))
+
+    def difference(self, name: str, base: str, of: Callable[[Row], float] = final) -> Estimate | None:
+        """Of `name` less `base`, over the seeds that both have."""
+        ours, theirs = self.values(name, of), self.values(base, of)
+        return Estimate.of([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+
+
+def at(t: int, key: str, part: str | None = None) -> Callable[[Row], float]:
+    """What a row has under `key` after iteration t; of its training log's `part`, mean or last, where that is given."""
+    return lambda row: (row["iterations"][t + 1] if part is None else row["iterations"][t + 1][part])[key]
+
+
+def last(key: str) -> Callable[[Row], float]:
+    return lambda row: final(row, key)
+
+
+def shown(estimate: Estimate | None, sign: bool = False) -> str:
+    """`mean [low, high]`; the mean alone where there is one value."""
+    if estimate is None:
+        return "pending"
+    spec = "+.3f" if sign else ".3f"
+    if estimate.ci is None:
+        return f"{estimate.mean:{spec}} (1 seed)"
+    return f"{estimate.mean:{spec}} [{estimate.mean - estimate.ci:{spec}}, {estimate.mean + estimate.ci:{spec}}]"
+
+
+def low(estimate: Estimate) -> float:
+    """The lower end of the interval; there is none where one value was measured."""
+    return -inf if estimate.ci is None else estimate.mean - estimate.ci
+
+
+class Verdict(NamedTuple):
+    """`word` is `holds`, `does not hold`, `is not settled` or `is pending`; `why` is a sentence of numbers."""
+
+    word: str
+    why: str
+
+
+def _seeds(study: Study, *names: str) -> bool:
+    return all(len(study.arms.get(name, {})) == len(SEEDS) for name in names)
+
+
+def claim_a(study: Study, tspin: str = "tspin", spin: str = "spin") -> Verdict:
+    """T-SPIN rises at every iteration, SPIN peaks and falls."""
+    if not (study.arms.get(tspin) and study.arms.get(spin)):
+        return Verdict("is pending", "Its arms have not been run.")
+    rises = [study.estimate(tspin, _change(t - 1, t)) for t in range(1, plan.ITERATIONS)]
+    curve = [study.estimate(spin, at(t, plan.SCORE)) for t in range(plan.ITERATIONS)]
+    peak = max(range(plan.ITERATIONS), key=lambda t: getattr(curve[t], "mean", 0))
+    fall = study.estimate(spin, _change(peak, plan.ITERATIONS - 1))
+    greedy, sampled = study.difference(tspin, spin), study.difference(tspin, spin, last(SAMPLED))
+    why = (
+        f"T-SPIN changes from iteration to iteration by {', '.join(shown(rise, True) for rise in rises)}. SPIN is best at "
+        f"iteration {peak} and changes by {shown(fall, True)} from there to the last. T-SPIN less SPIN at the last: "
+        f"{shown(greedy, True)} greedy, {shown(sampled, True)} sampled."
+    )
+    return Verdict(_all(study, (tspin, spin), [*((rise, 0) for rise in rises), (_negated(fall), 0)]), why)
+
+
+def claim_b(study: Study, tspin: str = "tspin", spin: str = "spin") -> Verdict:
+    """Under SPIN about half of the pairs whose reward favours y have logp(y) < logp(y') at iterations 1 and 2."""
+    if not (study.arms.get(tspin) and study.arms.get(spin)):
+        return Verdict("is pending", "Its arms have not been run.")
+    favoured, shares = (
+        [study.estimate(spin, at(t, key, "last")) for t in (1, 2)] for key in ("rewards/accuracies", "misaligned")
+    )
+    ours, theirs = study.estimate(tspin, last(FRESH)), study.estimate(spin, last(FRESH))
+    difference = study.difference(spin, tspin, last(FRESH))
+    why = (
+        f"At the end of SPIN's iterations 1 and 2, rewards favour y in {' and '.join(map(shown, favoured))} of the pairs in "
+        f"which y' is not y, and {' and '.join(map(shown, shares))} of those pairs are misaligned. T-SPIN's count is zero by "
+        "construction, as its reward is the log-likelihood, and is no evidence. The fair contrast is the share of freshly "
+        f"sampled pairs with logp(y) < logp(y') at the last iteration: {shown(theirs)} under SPIN, {shown(ours)} under "
+        f"T-SPIN, a difference of {shown(difference, True)}."
+    )
+    return Verdict(_all(study, (tspin, spin), [*((share, HALF) for share in shares), (difference, 0)]), why)
+
+
+def claim_c(study: Study) -> Verdict:
+    """T-SPIN on a quarter of the data matches SFT on all of it."""
+    matched, plain, own = "tspin, a quarter, steps matched", "tspin, a quarter", "sft, a quarter, steps matched"
+    if not (study.arms.get(matched) and study.arms.get("sft")):
+        return Verdict("is pending", "Its arms have not been run.")
+    less = study.difference(matched, "sft")
+    why = (
+        f"T-SPIN on a quarter, with as many steps, less SFT on all: {shown(less, True)} greedy, "
+        f"{shown(study.difference(matched, 'sft', last(SAMPLED)), True)} sampled; with a quarter of the steps "
+        f"{shown(study.difference(plain, 'sft'), True)}. SFT itself on a quarter, with as many steps, less SFT on all: "
+        f"{shown(study.difference(own, 'sft'), True)}."
+    )
+    return Verdict(_all(study, (matched, "sft"), [(less, -MARGIN)]), why)
+
+
+def claim_d(study: Study) -> Verdict:
+    """Without history, progress is slower and less stable."""
+    with_history, without = "tspin", "tspin_no_history"
+    if not (study.arms.get(with_history) and study.arms.get(without)):
+        return Verdict("is pending", "Its arms have not been run.")
+    steps = range(1, plan.ITERATIONS)
+    along = study.difference(with_history, without, lambda row: mean(at(t, plan.SCORE)(row) for t in steps))
+    drop = study.difference(without, with_history, lambda row: -min(_change(t - 1, t)(row) for t in steps))
+    why = (
+        f"T-SPIN with history less without: {shown(along, True)} as a mean over iterations 1 to {plan.ITERATIONS - 1}, "
+        f"{shown(study.difference(with_history, without), True)} at the last, "
+        f"{shown(study.difference(with_history, without, last(SAMPLED)), True)} sampled at the last. The largest drop from one "
+        f"iteration to the next is larger without history by {shown(drop, True)}."
+    )
+    return Verdict(_all(study, (with_history, without), [(along, 0), (drop, 0)]), why)
+
+
+def _change(before: int, after: int) -> Callable[[Row], float]:
+    return lambda row: at(after, plan.SCORE)(row) - at(before, plan.SCORE)(row)
+
+
+def _negated(estimate: Estimate | None) -> Estimate | None:
+    return None if estimate is None else replace(estimate, mean=-estimate.mean)
+
+
+def _all(study: Study, names: Sequence[str], wanted: Sequence[tuple[Estimate | None, float]]) -> str:
+    """`holds` where every interval lies above its bound, `does not hold` where one lies below or a mean is not above it."""
+    if not _seeds(study, *names) or any(estimate is None for estimate, _ in wanted):
+        return "is pending"
+    pairs = [(estimate, bound) for estimate, bound in wanted if estimate is not None]
+    if all(low(estimate) > bound for estimate, bound in pairs):
+        return "holds"
+    return "does not hold" if any(estimate.mean <= bound for estimate, bound in pairs) else "is not settled"
+
+
+CLAIMS = {
+    "(a) T-SPIN rises at every iteration, SPIN peaks and falls": claim_a,
+    "(b) under SPIN, rewards favour annotated responses that are less likely than synthetic ones": claim_b,
+    "(c) T-SPIN on a quarter of the data matches SFT on all of it": claim_c,
+    "(d) without history, progress is slower and less stable": claim_d,
+}

@@ -1,0 +1,194 @@
+"""STUDY.md, from the rows: verdicts first, then tables, and what is still missing. Every number on the page comes from a row."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.study import plan
+from benchmarks.study.claims import CLAIMS, FRESH, HALF, MARGIN, SAMPLED, Study, at, claim_a, claim_b, last, shown
+from benchmarks.study.plan import MENDING, METHODS, SEEDS, Rows, tuning_scores
+from tspin.comparison import Estimate
+
+LABELS = {
+    "tspin": "T-SPIN",
+    "spin": "SPIN",
+    "sft": "SFT",
+    "tspin_no_history": "T-SPIN without history",
+    "tspin_ref": "T-SPIN with a reference",
+}
+_WORDS = ("does not hold", "is not settled", "holds", "is pending")
+# What each control is compared with, and what the comparison asks.
+QUESTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("One shared rate of 1e-5", "tspin at 1e-5", ("spin at 1e-5", "tspin_no_history at 1e-5", "sft at 1e-5")),
+    ("Scale of the loss at 1e-5, T-SPIN", "tspin at 1e-5", ("tspin at 1e-5, alpha 0.1",)),
+    ("Scale of the loss at 1e-5, SPIN", "spin at 1e-5", ("spin at 1e-5, lam 1",)),
+    ("alpha, at T-SPIN's tuned rate", "tspin", ("tspin, alpha 0.1", "tspin, alpha 0.3")),
+    ("lam, at SPIN's tuned rate", "spin", ("spin, lam 0.3", "spin, lam 1")),
+    ("beta", "tspin", ("tspin_no_history", "tspin, beta 0.3", "tspin, beta 1")),
+    ("Sum against mean, T-SPIN", "tspin", ("tspin, mean", "tspin, mean, alpha 30")),
+    ("Sum against mean, SPIN", "spin", ("spin, mean", "spin, mean, lam 3")),
+    ("A quarter of the data, T-SPIN", "tspin", ("tspin, a quarter", "tspin, a quarter, steps matched")),
+    ("A quarter of the data, SFT", "sft", ("sft, a quarter", "sft, a quarter, steps matched")),
+    ("10 iterations", "tspin, 10 iterations", ("spin, 10 iterations", "tspin_no_history, 10 iterations")),
+    (
+        "pi_0 already fine-tuned on the same prompts",
+        "fine-tuned, sft",
+        tuple(n for n in MENDING if n != "fine-tuned, sft"),
+    ),
+)
+
+
+_METHOD = f"""\
+The sloppy pupil of `tspin demo` (286k parameters; three-digit sums in columns; 85 % of the solutions it is taught never carry) is
+fine-tuned by the loop of `tspin run` on {plan.TRAIN_ROWS} clean solutions, {plan.ITERATIONS} iterations of two epochs.
+Problems, pupil and samples are made anew for each seed. Rates are tuned for each method by greedy exact match of the last policy
+on {plan.EVAL_ROWS} validation problems, {len(plan.TUNING_SEEDS)} seeds, on a half-decade grid that grows until the best rate
+has both neighbours. All else is measured on {plan.EVAL_ROWS} test problems with {len(SEEDS)} other
+seeds. No two splits share a problem.
+
+Brackets are 95 % intervals (Student's t over seeds) and differences are taken seed by seed. A claim *holds* where every interval
+that it needs lies on its side of the bound, *does not hold* where a mean lies on the other side, and *is not settled* between.
+(a) needs every change of T-SPIN from one iteration to the next above 0, and SPIN's from its best iteration to the last below 0;
+(b) more than {HALF} of SPIN's pairs misaligned at the end of iterations 1 and 2, and more fresh pairs in the wrong order than under
+T-SPIN; (c) T-SPIN on a quarter of the data, with as many steps, less SFT on all of it above -{MARGIN}; (d) a higher mean over
+iterations with history than without, and a smaller largest drop. The rules were written before the first confirming arm was run."""
+_COMMANDS = """\
+    python -m benchmarks.study run --directory DIR --jobs 2    # goes on with the arms that have no row in rows.jsonl
+    python -m benchmarks.study write                           # this page and its figures, from the rows"""
+_LIMITS = """\
+Answers here are short, clean and deterministic, so SFT's target is the best policy there is. The model is four orders of magnitude
+smaller than the paper's. Held-out problems come from the distribution of the training problems: nothing is said of transfer from
+one task to another, which the paper's benchmarks measure. One optimizer, one batch size, one temperature. What may carry over is
+the mechanism (which log-probs move, and what keeps a loss from going flat), not the size of a gain."""
+
+
+def page(rows: Rows, figures: Sequence[str] = ()) -> str:
+    """The text of STUDY.md."""
+    study = Study.of(rows)
+    verdicts = {claim: decide(study) for claim, decide in CLAIMS.items()}
+    at_one_rate = [decide(study, "tspin at 1e-5", "spin at 1e-5") for decide in (claim_a, claim_b)]
+    firsts = sorted(verdicts.items(), key=lambda item: _WORDS.index(item[1].word))
+    pictures = {name: f"![{name.removesuffix('.png')}]({name})" for name in figures}
+    parts = [
+        "\n".join(f"- **{verdict.word[0].upper()}{verdict.word[1:]}: {claim}.**" for claim, verdict in firsts),
+        "# Does a toy show what the paper claims?",
+        _METHOD,
+        "## Verdicts at tuned rates",
+        *(f"**{claim}: {verdict.word}.** {verdict.why}" for claim, verdict in verdicts.items()),
+        "## The same at one shared rate of 1e-5",
+        *(f"**({letter}) {verdict.word}.** {verdict.why}" for letter, verdict in zip("ab", at_one_rate)),
+        "## The methods at their tuned rates",
+        _methods_table(study),
+        pictures.get("scores.png", ""),
+        pictures.get("mechanism.png", ""),
+        "## Controls",
+        "The last policy: mean and standard deviation over seeds, and the difference from the first arm of each block.",
+        _controls_table(study),
+        pictures.get("controls.png", ""),
+        "## Tuning",
+        _tuning_table(rows, study.rates),
+        "## What has been run",
+        _account(rows),
+        _COMMANDS,
+        "## What this cannot show",
+        _LIMITS,
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _spread(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    return f"{estimate.mean:.3f}" + ("" if estimate.sd is None else f" ± {estimate.sd:.3f}")
+
+
+def _table(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headers, ["---"] * len(headers), *lines))
+
+
+def _methods_table(study: Study) -> str:
+    steps = range(-1, plan.ITERATIONS)
+    names = [name for name in METHODS if study.arms.get(name)]
+    if not names:
+        return "Pending."
+    lines = []
+    for key, title in ((plan.SCORE, "greedy"), (SAMPLED, "sampled")):
+        for name in names:
+            cells = [_spread(study.estimate(name, at(t, key))) for t in steps]
+            less = "" if name == "tspin" else shown(study.difference(name, "tspin", last(key)), True)
+            rate = f"{study.rates[name]:.0e}".replace("e-0", "e-")
+            lines.append([f"{LABELS[name]}, {title}", rate, str(len(study.arms[name])), *cells, less])
+    headers = ["exact match", "rate", "seeds", *("pi_0" if t < 0 else str(t) for t in steps), "last, less T-SPIN"]
+    return _table(headers, lines)
+
+
+def _controls_table(study: Study) -> str:
+    lines = []
+    for question, base, names in QUESTIONS:
+        if not any(study.arms.get(name) for name in (base, *names)):
+            lines.append([f"**{question}**", "pending", "", "", "", "", ""])
+            continue
+        lines.append([f"**{question}**", "", "", "", "", "", ""])
+        for name in (base, *names):
+            greedy, sampled, fresh = (_spread(study.estimate(name, last(key))) for key in (plan.SCORE, SAMPLED, FRESH))
+            differences = [shown(study.difference(name, base, last(key)), True) for key in (plan.SCORE, SAMPLED)]
+            cells = [greedy, sampled, fresh, *(["", ""] if name == base else differences)]
+            lines.append([name, str(len(study.arms.get(name, {}))), *cells])
+    return _table(
+        ["arm", "seeds", "greedy", "sampled", "fresh y<y'", "greedy, difference", "sampled, difference"], lines
+    )
+
+
+def _tuning_table(rows: Rows, rates: Mapping[str, float]) -> str:
+    lines = []
+    for method in METHODS:
+        for rate, scores in tuning_scores(rows, method).items():
+            name = f"{rate:.0e}".replace("e-0", "e-")
+            chosen = "chosen" if rates.get(method) == rate else ""
+            lines.append(
+                [LABELS[method], name, f"{statistics.mean(scores):.3f}", ", ".join(f"{s:.3f}" for s in scores), chosen]
+            )
+    return _table(["method", "rate", "validation, greedy", "by seed", ""], lines) if lines else "Pending."
+
+
+def _account(rows: Rows) -> str:
+    lines = []
+    for arms in plan.phases(rows):
+        ids = {arm.id: arm for arm in arms}
+        done = [rows[id] for id in ids if id in rows]
+        lines.append([_phase(arms), f"{len(done)} of {len(ids)}"])
+    whole = [row for row in rows.values() if row["cpu_s"] is not None]
+    cpu, wall = (sum(row[key] for row in whole) / 3600 for key in ("cpu_s", "wall_s"))
+    facts = [sorted({_software(row) for row in rows.values()}), sorted({row["machine"] for row in rows.values()})]
+    commits = ", ".join(sorted({row["commit"] for row in rows.values()}))
+    text = f"""\
+{len(rows)} arms have rows. The {len(whole)} that were timed as a whole took {cpu:.2f} hours of processor time
+({3600 * cpu / max(1, len(whole)):.0f} s an arm) and {wall:.2f} hours by the clock, two at a time beside other work;
+a pupil takes another 50 s a seed.
+{"; ".join("; ".join(names) for names in facts)}. Commits: {commits}."""
+    later = "Later phases are listed once the rates that they use are tuned." if len(plan.phases(rows)) < 8 else ""
+    return "\n\n".join(filter(None, [_table(["phase", "arms with a row"], lines), later, text]))
+
+
+def _software(row: Mapping) -> str:
+    return f"torch {row['versions']['torch']} and transformers {row['versions']['transformers']}"
+
+
+def _phase(arms: Sequence[plan.Arm]) -> str:
+    methods = list(dict.fromkeys(arm.keys["method"] for arm in arms))
+    seeds = sorted({arm.seed for arm in arms})
+    kind = "tuning" if arms[0].split == "valid" else "fine-tuned pi_0" if arms[0].start else None
+    kind = kind or ("confirmation" if all(len(arm.keys) == 2 for arm in arms) else "controls")
+    return f"{kind}: {', '.join(methods)}; seeds {', '.join(map(str, seeds))}"
+
+
+def write(rows: Rows, folder: Path) -> Path:
+    """Write STUDY.md and its figures into `folder` and return the page's path."""
+    from benchmarks.study.figures import draw
+
+    names = draw(Study.of(rows), folder)
+    path = folder / "STUDY.md"
+    path.write_text(page(rows, names), encoding="utf-8")
+    return path

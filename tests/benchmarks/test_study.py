@@ -1,0 +1,217 @@
+"""The study's plan, verdicts and page on made-up rows, and its runner on a tiny pupil. No ranking of methods is asserted."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from benchmarks.study import claims, plan, result, run
+from benchmarks.study.claims import Study
+from benchmarks.study.plan import Arm
+
+LOGGED = {
+    "logps/chosen": -2.0,
+    "logps/rejected": -5.0,
+    "logps/proto": -7.0,
+    "rewards/accuracies": 0.9,
+    "misaligned": 0.5,
+}
+
+
+def made_row(arm: Arm, curve: list[float], **logged: float) -> dict:
+    """The row of an arm whose exact match runs along `curve`, pi_0 first."""
+    entries = [
+        {
+            "iteration": t - 1,
+            "exact_match": score,
+            "exact_match_sampled": score / 2,
+            "fresh_share": 0.2,
+            "mean": LOGGED | logged,
+        }
+        for t, score in enumerate(curve)
+    ]
+    facts = {
+        "versions": {"torch": "2", "transformers": "5"},
+        "machine": "m",
+        "commit": "c",
+        "cpu_s": 3.0,
+        "wall_s": 4.0,
+    }
+    entries = [{**entry, "last": entry["mean"]} for entry in entries]
+    return {"id": arm.id, "keys": dict(arm.keys), "seed": arm.seed, "split": arm.split, "iterations": entries, **facts}
+
+
+def tuned_rows(best: dict[str, float]) -> dict[str, dict]:
+    """Rows of all tuning that the plan asks for, when each method's score falls with the distance from its best rate."""
+    rows: dict[str, dict] = {}
+    while missing := [arm for arm in plan.tuning(rows, plan.METHODS) if arm.id not in rows]:
+        for arm in missing:
+            distance = abs(plan.RATES.index(arm.keys["learning_rate"]) - plan.RATES.index(best[arm.keys["method"]]))
+            rows[arm.id] = made_row(arm, [0.3] + [0.9 - 0.1 * distance + 0.01 * (arm.seed % 2)] * plan.ITERATIONS)
+    return rows
+
+
+BEST = {"tspin": 1e-5, "spin": 3e-7, "sft": 1e-3, "tspin_no_history": 3e-6, "tspin_ref": 1e-6}
+
+
+def full_rows(curves: dict[str, list[float]]) -> dict[str, dict]:
+    """Tuned rows and every arm of the plan; a name without a curve of its own rises from 0.5 to 0.9, a bit more with each seed."""
+    rows = tuned_rows(BEST)
+    rates = {method: plan.tuned_rate(rows, method) for method in plan.METHODS}
+    for name in reversed(plan.NAMES):
+        for seed in plan.SEEDS:
+            arm = plan.named(name, seed, rates)
+            curve = curves.get(name, [0.3, 0.5, 0.6, 0.7, 0.8, 0.9])
+            curve = curve + [curve[-1]] * (arm.iterations - plan.ITERATIONS)
+            rows[arm.id] = made_row(arm, [score + 0.002 * seed * t for t, score in enumerate(curve)])
+    return rows
+
+
+def test_the_grid_grows_until_the_best_rate_has_been_compared_with_both_neighbours():
+    rows = tuned_rows(BEST)
+    for method, best in BEST.items():
+        assert plan.tuned_rate(rows, method) == best
+        tried, index = plan.tuning_scores(rows, method), plan.RATES.index(best)
+        assert {*plan.RATES[max(0, index - 1) : index + 2]} <= tried.keys()
+    edge = {"tspin": 3e-5}
+    some = {id: row for id, row in tuned_rows(BEST | edge).items() if row["keys"]["learning_rate"] != 1e-4}
+    assert plan.tuned_rate(some, "tspin") is None, "the best rate so far has a neighbour that was not tried"
+
+
+def test_phases_come_one_by_one_and_end():
+    rows: dict[str, dict] = {}
+    seen = []
+    while missing := next((m for phase in plan.phases(rows) if (m := [a for a in phase if a.id not in rows])), None):
+        seen.append({arm.split for arm in missing})
+        assert len({arm.lineage for arm in missing}) == len({arm.id for arm in missing}), "two arms in one directory"
+        for arm in missing:
+            best = BEST[arm.keys["method"]]
+            distance = abs(plan.RATES.index(arm.keys["learning_rate"]) - plan.RATES.index(best))
+            rows[arm.id] = made_row(arm, [0.3] + [0.9 - 0.1 * distance] * arm.iterations)
+    assert {"valid"} in seen and seen[-1] == {"test"}
+    assert all(len(series) == len(plan.SEEDS) for series in Study.of(rows).arms.values())
+    assert Study.of(rows).arms.keys() == set(plan.NAMES)
+    tuning, others = ({r["seed"] for r in rows.values() if r["split"] == split} for split in ("valid", "test"))
+    assert not tuning & others
+
+
+def test_an_arm_is_known_by_what_it_is():
+    arm = Arm({"method": "tspin", "iterations": 10}, 0)
+    assert arm.id != Arm({"method": "tspin"}, 0).id and arm.lineage == Arm({"method": "tspin"}, 0).lineage
+    for other in (Arm(arm.keys, 1), Arm(arm.keys, 0, "valid"), Arm(arm.keys, 0, start={"method": "sft"})):
+        assert other.id != arm.id and other.lineage != arm.lineage
+    assert Arm(dict(reversed(arm.keys.items())), 0).id == arm.id
+
+
+@pytest.mark.parametrize(
+    ("name", "curves", "word"),
+    [
+        ("a", {"spin": [0.3, 0.5, 0.8, 0.7, 0.6, 0.5]}, "holds"),
+        ("a", {}, "does not hold"),  # SPIN rises as well
+        ("a", {"spin": [0.3, 0.5, 0.8, 0.7, 0.6, 0.5], "tspin": [0.3, 0.5, 0.6, 0.55, 0.8, 0.9]}, "does not hold"),
+        ("c", {"tspin, a quarter, steps matched": [0.3, 0.5, 0.6, 0.7, 0.8, 0.885]}, "holds"),
+        ("c", {"tspin, a quarter, steps matched": [0.3, 0.5, 0.6, 0.7, 0.8, 0.85]}, "does not hold"),
+        ("d", {"tspin_no_history": [0.3, 0.5, 0.6, 0.5, 0.6, 0.7]}, "holds"),
+        ("d", {"tspin_no_history": [0.3, 0.6, 0.7, 0.8, 0.9, 0.95]}, "does not hold"),
+        ("b", {}, "does not hold"),  # as many fresh pairs in the wrong order under both
+    ],
+)
+def test_verdicts_follow_the_rules_of_the_page(name, curves, word):
+    decide = {"a": claims.claim_a, "b": claims.claim_b, "c": claims.claim_c, "d": claims.claim_d}[name]
+    rows = full_rows(curves)
+    assert decide(Study.of(rows)).word == word
+    arms = {"a": ("tspin", "spin"), "b": ("spin",), "c": ("sft",), "d": ("tspin_no_history",)}[name]
+    gone = next(iter(Study.of(rows).arms[arms[0]].values()))["id"]
+    assert decide(Study.of({id: row for id, row in rows.items() if id != gone})).word == "is pending"
+
+
+def test_noise_over_seeds_leaves_a_claim_unsettled():
+    rows = full_rows({"spin": [0.3, 0.5, 0.8, 0.7, 0.6, 0.5]})
+    study = Study.of(rows)
+    for seed, row in study.arms["tspin"].items():
+        for t, entry in enumerate(row["iterations"]):
+            entry["exact_match"] += 0.4 * (-1) ** (seed + t) * (seed < 2)
+    assert claims.claim_a(Study.of(rows)).word == "is not settled"
+
+
+def test_the_page_begins_with_what_does_not_hold_and_counts_what_is_there(tmp_path):
+    rows = full_rows({"tspin_no_history": [0.3, 0.5, 0.6, 0.5, 0.6, 0.7]})
+    page = result.write(rows, tmp_path).read_text()
+    first, *_ = page.splitlines()
+    assert first.startswith("- **Does not hold: (a)")
+    assert "pending" not in page.lower()
+    for name in ("scores", "mechanism", "controls"):
+        assert f"![{name}]({name}.png)" in page and (tmp_path / f"{name}.png").stat().st_size > 10_000
+    empty = result.page({})
+    assert empty.startswith("- **Is pending: (a)") and "0 of 18" in empty
+    for name in plan.NAMES:
+        if name not in plan.METHODS:
+            assert f"| {name} |" in page, "every control is in a block of the table"
+
+
+def test_rows_survive_a_torn_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    run.append_row(path, {"id": "a"})
+    with path.open("a") as file:
+        file.write('{"id": "b", "ke')
+    run.append_row(path, {"id": "c"})
+    assert list(run.read_rows(path)) == ["a", "c"]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The runner in this process, on a pupil and problems of a tiny size and two arms, of which one goes on from the other."""
+    from tspin import demo
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    monkeypatch.setattr(demo, "PUPIL", demo.PUPIL | sizes)
+    for name, value in {"TRAIN_ROWS": 8, "EVAL_ROWS": 4, "ITERATIONS": 1}.items():
+        monkeypatch.setattr(plan, name, value)
+        monkeypatch.setattr(run, name, value)
+    monkeypatch.setattr(run, "PRETRAINING", {"steps": 2, "batch_size": 4, "learning_rate": 1e-3})
+    small = {"max_new_tokens": 3, "per_device_train_batch_size": 4, "num_train_epochs": 1}
+    monkeypatch.setattr(run, "COMMON", plan.COMMON | small)
+    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    base = {"method": "sft", "learning_rate": 1e-3}
+    first = [Arm({"method": "tspin", "learning_rate": 1e-3}, 0), Arm(base, 0)]
+    second = [Arm({"method": "tspin", "learning_rate": 1e-3, "iterations": 2}, 0)]
+    second.append(Arm({"method": "spin", "learning_rate": 1e-3}, 0, start=base))
+    monkeypatch.setattr(run, "phases", lambda rows: [first, second])
+    return first + second
+
+
+def lasting(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key not in ("cpu_s", "wall_s", "time")}
+
+
+def test_a_study_goes_on_from_its_rows_and_repeats_them(tiny, tmp_path):
+    rows_path = tmp_path / "rows.jsonl"
+    assert run.run(tmp_path / "a", rows_path, jobs=1, commit="c", limit=1) == 3
+    assert list(run.read_rows(rows_path)) == [tiny[0].id]
+    assert run.run(tmp_path / "a", rows_path, jobs=1, commit="c") == 0
+    rows = run.read_rows(rows_path)
+    assert list(rows) == [arm.id for arm in tiny]
+    for arm in tiny:
+        row = rows[arm.id]
+        assert [entry["iteration"] for entry in row["iterations"]] == list(range(-1, arm.iterations))
+        assert {"exact_match", "exact_match_sampled"} <= row["iterations"][-1].keys() and row["iterations"][-1]["mean"][
+            "loss"
+        ] > 0
+    assert rows[tiny[3].id]["pi_0_sha256"] == rows[tiny[1].id]["model_sha256"], "it starts from where its start ended"
+    assert rows[tiny[2].id]["iterations"][:2][0] == rows[tiny[0].id]["iterations"][0]
+    # What is longer went on in the directory of what is shorter, and is as if it had been run at once, on another machine.
+    other = tmp_path / "others.jsonl"
+    run.append_row(other, rows[tiny[0].id])
+    run.append_row(other, rows[tiny[1].id])
+    assert run.run(tmp_path / "b", other, jobs=1, commit="c") == 0
+    again = run.read_rows(other)
+    assert again[tiny[2].id]["model_sha256"] == rows[tiny[2].id]["model_sha256"]
+    assert lasting(again[tiny[3].id]) == lasting(rows[tiny[3].id])
+    # A kill after an arm and before its row: the row is made from what is there, without times.
+    shutil.copy(other, rows_path)
+    rows_path.write_text("".join(line for line in rows_path.read_text().splitlines(True) if tiny[3].id not in line))
+    assert run.run(tmp_path / "b", rows_path, jobs=1, commit="c") == 0
+    late = run.read_rows(rows_path)[tiny[3].id]
+    assert lasting(late) == lasting(rows[tiny[3].id]) and late["cpu_s"] is None
+    assert json.loads(json.dumps(late)) == late
