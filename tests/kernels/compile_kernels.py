@@ -3,7 +3,7 @@
 No GPU is needed: Triton is told which one there is, and every launch compiles in place of running. So the kernels have the
 flags, blocks, warps and specializations (a stride that 16 divides, a size of one) of real calls.
 Run by test_compile_targets.py in a process of its own: `python compile_kernels.py '["cuda", 90, 32]'`; with `all` behind it,
-for every combination of flags and dtypes that the launchers can produce.
+for every combination of flags and dtypes that the launchers can produce; with `sass`, it prints the instructions of two cases.
 """
 
 import json
@@ -60,21 +60,36 @@ def launch(logits: torch.dtype, dlogits: torch.dtype, bias: torch.dtype, flags: 
         rows.scale_(gradient, row[0])
 
 
-def usage(compiled: CompiledKernel) -> tuple[int, int]:
-    """Spilled (bytes of stack and local memory on NVIDIA, registers on AMD), and registers."""
+def spilled(compiled: CompiledKernel) -> int:
+    """Bytes of stack and local memory on NVIDIA, spilled registers on AMD."""
     if "cubin" not in compiled.asm:
-        text = compiled.asm["amdgcn"]
-        spilled = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text)
-        assert spilled, "no spill counts in the metadata"
-        return sum(map(int, spilled)), int(re.findall(r"\.vgpr_count:\s*(\d+)", text)[0])
+        counts = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
+        assert counts, "no spill counts in the metadata"
+        return sum(map(int, counts))
+    output = cuobjdump(compiled, "-res-usage")
+    found = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", output)
+    assert found, output
+    return int(found[1]) + int(found[2])
+
+
+def cuobjdump(compiled: CompiledKernel, option: str) -> str:
+    """What the tool that Triton ships says of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
         output = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", output.stdout + output.stderr)
-    assert found, output.stdout + output.stderr
-    return int(found[2]) + int(found[3]), int(found[1])
+    return output.stdout + output.stderr
+
+
+def instructions(target: GPUTarget) -> dict[str, list[tuple[str, str]]]:
+    """Address and text of each instruction, of the kernels of T-SPIN's loss and of differentiable entropy."""
+    found = {}
+    for case in ((BF16, BF16, BF16, 0b01000, 151936), (BF16, BF16, BF16, 0b01100, 151936)):
+        for kernel in compile_launches(target, lambda case=case: launch(*case)):
+            lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", cuobjdump(kernel, "-sass"))
+            found[f"{kernel.metadata.name} {case[3]}"] = lines
+    return found
 
 
 def compile_launches(target: GPUTarget, run: Callable[[], Any]) -> list[CompiledKernel]:
@@ -91,16 +106,16 @@ def compile_launches(target: GPUTarget, run: Callable[[], Any]) -> list[Compiled
     return compiled
 
 
-def measure(target: GPUTarget, cases: list[tuple]) -> dict[str, tuple[int, int, int]]:
-    """Of each kernel and case what it spills, its shared memory in bytes, and the registers of a warp's worth of its threads."""
+def measure(target: GPUTarget, cases: list[tuple]) -> dict[str, tuple[int, int]]:
+    """Of each kernel and case what it spills and what it takes of shared memory, bytes."""
     found = {}
     for case in cases:
         for kernel in compile_launches(target, lambda case=case: launch(*case)):
-            spilled, registers = usage(kernel)
             name = f"{kernel.metadata.name} {[str(part).removeprefix('torch.') for part in case]}"
-            found[name] = spilled, kernel.metadata.shared, registers * kernel.metadata.num_warps
+            found[name] = spilled(kernel), kernel.metadata.shared
     return found
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(GPUTarget(*json.loads(sys.argv[1])), ALL_CASES if sys.argv[2:] else CASES)))
+    gpu, what = GPUTarget(*json.loads(sys.argv[1])), sys.argv[2:]
+    print(json.dumps(instructions(gpu) if what == ["sass"] else measure(gpu, ALL_CASES if what else CASES)))
