@@ -8,7 +8,8 @@ out=$(realpath -m "$1")
 seconds=$2
 shift 2
 mkdir -p "$out"
-export PYTHONUNBUFFERED=1
+# Without it, holes between blocks would count as memory that a step needs.
+export PYTHONUNBUFFERED=1 PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 status=0
 start=$SECONDS
 if [ "${TESTS:-1}" != 0 ]; then
