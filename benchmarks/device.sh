@@ -11,7 +11,8 @@ out=$(realpath -m "$1")
 seconds=$2
 shift 2
 mkdir -p "$out"
-export PYTHONUNBUFFERED=1
+# Without it, holes between blocks would count as memory that a step needs.
+export PYTHONUNBUFFERED=1 PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 if [ -n "${PEERS:-}" ]; then
     # The second is what a .pth file adds, which Python reads in its own folders only.
     export PYTHONPATH="$PEERS:$PEERS/nvidia_cutlass_dsl/dsl_packages${PYTHONPATH:+:$PYTHONPATH}"

@@ -5,7 +5,7 @@ memory: a length fits there when the profiler's peak is below the cap.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,15 +134,16 @@ def memory(
             until = time.monotonic() + (deadline - time.monotonic()) / left
             row = _common("memory", device, commit, model=model, method=method, implementation=name, cap_gib=cap)
             row |= {"prompt_per_response": ratio, "refused": refused.get(name)}
-            found = [row]
+            found: Iterable[dict[str, Any]] = [row]
             if time.monotonic() > deadline:
                 row["missing"] = "out of time"
             elif name not in refused:
                 _set_cap(device, cap)
-                found = [row | tried for tried in _search(arms, name, ratio, cap, until, most)]
-                _set_cap(device, None)
-            measure.append_rows(out, found)
-            rows += found
+                found = (row | tried for tried in _search(arms, name, ratio, cap, until, most))
+            for each in found:
+                measure.append_rows(out, [each])
+                rows.append(each)
+            _set_cap(device, None)
         del arms
         _clear(device)
     return rows
@@ -220,9 +221,9 @@ def _guess(fitted: list[_Tried], high: int | None, usable: int, halve: bool) -> 
 
 
 def _longest_in(seconds: float, fitted: list[_Tried]) -> int:
-    """The prompt whose step would take no longer: a constant, and a square through the last one."""
-    if not fitted:
-        return 0 if seconds <= 0 else 2**62
+    """The prompt whose step would take no longer: a constant, and a square through the last one. The first may have compiled."""
+    if len(fitted) < 2:
+        return 2**62 if seconds > 0 else 0
     last, constant = fitted[-1], min(tried.seconds for tried in fitted)
     if seconds <= last.seconds:
         return 0

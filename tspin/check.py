@@ -138,6 +138,7 @@ def _check_model(
     from tspin.fitting import model_without_weights
     from tspin.loading import add_adapter, lora_config, model_of
     from tspin.model import probe_head
+    from tspin.prefix import refusal
 
     path = Path(config.model_name_or_path)
     bare = path.is_dir() and not any(file.suffix in (".safetensors", ".bin", ".pt", ".pth") for file in path.iterdir())
@@ -155,16 +156,20 @@ def _check_model(
         raise ValueError(
             f"want rows of at most {positions} positions, got {longest}; lower max_length or max_new_tokens"
         )
+    why = None if training[0].prefix_sharing == "off" else refusal(model)
+    if why is not None and training[0].prefix_sharing == "on":
+        raise ValueError(f"prefix_sharing: {why}, so its prompts cannot be shared; use prefix_sharing='off'")
+    text += f"; a row of its own for every response, as {why}" if why is not None else ""
     if bare:
         return model, f"{text}, of config.json alone: no weights to score with"
     if training[0].fused == "off":
         return model, text
     try:
         probe_head(model if peft_config is None else add_adapter(model, peft_config, seed=config.seed))
-    except ValueError as refusal:
+    except ValueError as error:
         if training[0].fused == "on":
             raise
-        return model, f"{text}; fused='auto' will take its logits ({one_line(refusal)})"
+        return model, f"{text}; fused='auto' will take its logits ({one_line(error)})"
     return model, f"{text}, scores through its output head"
 
 

@@ -181,7 +181,9 @@ What it does not show: that one method is better. It is a toy, one seed and one 
 is depends on that rate and on the scale of its loss (alpha, lam), and the order changes with the seed. On answers as clean as
 these, plain SFT needs no self-play. Sampled accuracy is what self-play trains on; greedy decoding flatters.
 The benchmarks/study folder of the repository has rates tuned for each method, several seeds, and what did not hold."""
-QUICK_CAVEAT = "A quick run, on a half-taught pupil with few problems: it shows that the program runs. Its numbers mean nothing."
+QUICK_CAVEAT = (
+    "A quick run, on a half-taught pupil with few problems: it shows that the program runs. Its numbers mean nothing."
+)
 
 
 def _table(runs: dict[str, Path], title: str) -> Table:

@@ -55,7 +55,7 @@ def _whole(parameter: Any) -> Tensor:
         return safe_get_full_fp32_param(parameter)
     if not is_partitioned:
         return parameter.detach()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().clone()

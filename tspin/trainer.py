@@ -266,8 +266,16 @@ class TSPINTrainer(Trainer):
         """As Trainer.train; ValueError from the first batch where a row that shares its prompt differs from separate rows."""
         if self.args.sequential_backward == "auto":
             self.sequential = self._joint_pass_is_too_large()
-        with self._sharing_prompts():
-            result = super().train(*args, **kwargs)
+        try:
+            with self._sharing_prompts():
+                result = super().train(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            sharded, check = self.is_fsdp_enabled or self.is_deepspeed_enabled, self._memory_check()
+            if check is None and not sharded:
+                raise
+            what = "what sharding saves is not predicted; lower per_device_train_batch_size, or set sequential_backward: on"
+            what = f"predicted {check.need()}{check.advice()}" if check is not None else what
+            raise StepTooLargeError(f"out of memory in step {self.state.global_step + 1}; {what}") from error
         self._refuse_broken_weights()
         return result
 
@@ -403,15 +411,7 @@ class TSPINTrainer(Trainer):
         return (loss, sequences) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        except torch.OutOfMemoryError as error:
-            check = self._memory_check()
-            if check is None:
-                raise
-            raise StepTooLargeError(
-                f"out of memory in step {self.state.global_step + 1}; predicted {check.need()}{check.advice()}"
-            ) from error
+        loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.is_deepspeed_enabled:
             self._stop_if_not_finite(loss)
         return loss

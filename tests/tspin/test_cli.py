@@ -251,6 +251,16 @@ def test_check_shows_rows_with_their_special_tokens(model_dir, rows, capsys):
     assert "row 0" in text and "row 1" not in text
 
 
+def test_check_says_where_prompts_cannot_be_shared(model_dir, rows, capsys, monkeypatch):
+    monkeypatch.setattr("tspin.prefix.refusal", lambda model: "its layers include ['conv']")
+    words = ["check", "--model_name_or_path", str(model_dir), "--dataset", str(rows), *KEYS]
+    assert cli.main(words) == 0
+    assert "a row of its own for every response, as its layers include ['conv']" in capsys.readouterr().out
+    assert cli.main([*words, "--prefix_sharing", "off"]) == 0 and "conv" not in capsys.readouterr().out
+    assert cli.main([*words, "--prefix_sharing", "on"]) == 2
+    assert "NO  model: prefix_sharing: its layers include ['conv'], so its prompts cannot" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "words, step, message",
     [

@@ -386,6 +386,32 @@ def test_a_directory_in_use_is_refused(toy, tmp_path):
         holder.communicate("\n")
 
 
+def test_a_step_without_memory_leaves_a_run_that_goes_on(toy, tmp_path, monkeypatch):
+    steps, whole = [], tmp_path / "whole"
+    SelfPlay(toy_config(toy, whole)).run()
+    step = Trainer.training_step
+
+    def full(*args):
+        steps.append(args)
+        if len(steps) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(*args)
+
+    for name in ("same", "changed"):
+        steps.clear()
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="out of memory in step 5; predicted"):
+            patch.setattr(Trainer, "training_step", full)
+            patch.setattr(trainer, "gpu_memory", lambda device: 2**30)
+            SelfPlay(toy_config(toy, tmp_path / name, sequential_backward="off")).run()
+        assert len(steps) == 5 and (tmp_path / name / "iter_00/checkpoints/checkpoint-3/complete.json").exists()
+    # From the last checkpoint, to bitwise the same weights; or with the keys that the message names.
+    SelfPlay(toy_config(toy, tmp_path / "same", sequential_backward="off")).run()
+    assert model_hash(tmp_path / "same/iter_01/model") == model_hash(whole / "iter_01/model")
+    remedy = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "sequential_backward": "on"}
+    SelfPlay(toy_config(toy, tmp_path / "changed", **remedy, allow_config_change=True)).run()
+    assert (tmp_path / "changed/iter_01/model/model.safetensors").exists()
+
+
 def test_adapters_over_quantized_weights(tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes", reason="the extra quantization is not installed")
     root, loaded = tmp_path / "toy", []
