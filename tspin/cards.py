@@ -6,10 +6,11 @@ path of this machine. The loop writes the cards after each iteration; a hash of 
 
 from __future__ import annotations
 
-import re
+import logging
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
@@ -17,6 +18,8 @@ from tspin import storage
 from tspin.config import SelfPlayConfig
 from tspin.report import read_iterations
 from tspin.trainer import TSPINConfig
+
+logger = logging.getLogger(__name__)
 
 _METHODS = {"tspin": "T-SPIN", "tspin_no_history": "T-SPIN without history", "tspin_ref": "T-SPIN with a reference"}
 _METHODS |= {"spin": "SPIN", "sft": "supervised fine-tuning"}
@@ -75,9 +78,9 @@ _COLUMNS = {
 def write_cards(run_dir: str | Path) -> None:
     """Write README.md, of the triplets, into the run directory and one into each iteration's model directory."""
     run = _Run(Path(run_dir))
-    for t in run.iterations("model"):
+    for t in run.finished("model"):
         storage.write_atomic(run.at(t) / "model" / "README.md", model_card(run, t).encode())
-    if run.iterations("triplets.parquet"):
+    if run.tables:
         storage.write_atomic(run.directory / "README.md", data_card(run).encode())
 
 
@@ -88,14 +91,23 @@ class _Run:
         self.directory = directory
         self.config = SelfPlayConfig.from_file(directory / "config.yaml")
         self.record = storage.read_record(directory / "run.json")
+        self.done = storage.read_record(directory / "state.json")["done"]
         self.scores = {row["iteration"]: row for row in read_iterations(directory)}
+        self.tables: dict[int, tuple[list[str], int, str]] = {}
+        for t in self.finished("triplets"):
+            path = self.at(t) / "triplets.parquet"
+            try:
+                self.tables[t] = _facts(path)
+            except (pa.ArrowException, OSError) as error:
+                logger.warning("%s is not a whole parquet file: %s; its card leaves it out", path, error)
 
     def at(self, t: int) -> Path:
         return self.directory / f"iter_{t:02d}"
 
-    def iterations(self, name: str) -> list[int]:
-        """Those of which the file or directory `name` is there."""
-        return [t for t in range(self.config.iterations) if (self.at(t) / name).exists()]
+    def finished(self, stage: str) -> list[int]:
+        """The iterations that have done a stage and still hold what it made."""
+        done = {t: self.done.get(f"iter_{t:02d}/{stage}") for t in range(self.config.iterations)}
+        return [t for t, record in done.items() if record and (self.directory / record["path"]).exists()]
 
     def training_args(self, t: int) -> TSPINConfig:
         return TSPINConfig(str(self.directory), **self.config.training_at(t))
@@ -115,7 +127,8 @@ class _Run:
         """The annotated rows as a hub name, None for local ones, and in words."""
         name, data = self.config.dataset, self.record["data"]
         rows = f"{data['rows']} rows, SHA-256 of their token ids `{data['sha256']}`"
-        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists() and not Path(name).suffix:
+        is_local = Path(name).suffix in (".jsonl", ".json", ".parquet") or name[0] in "./~" or Path(name).exists()
+        if not is_local:
             return name, f"[{name}](https://huggingface.co/datasets/{name}), {rows}"
         return None, f"`{Path(name).name}`, {rows}"
 
@@ -141,7 +154,7 @@ def model_card(run: _Run, t: int) -> str:
         **({} if args.method == "sft" else {"Samples": _sampling(config)}),
         "Prompt template": "the tokenizer's chat template" if prompt == "chat" else f"`{prompt!r}`",
         "Seed": str(config.seed),
-        "SHA-256 of the weights": f"`{storage.model_hash(run.at(t) / 'model')}`",
+        "SHA-256 of its other files": f"`{run.done[f'iter_{t:02d}/model']['sha256']}`",
     }
     return "\n".join(
         [
@@ -168,24 +181,24 @@ def model_card(run: _Run, t: int) -> str:
 def data_card(run: _Run) -> str:
     """The card of the triplets of all iterations so far, one configuration each."""
     (base, base_text), (_, source_text), config = run.base, run.source, run.config
-    built = run.iterations("triplets.parquet")
+    built = list(run.tables)
     files = [{"config_name": f"iter_{t:02d}", "data_files": f"iter_{t:02d}/triplets.parquet"} for t in built]
     files[-1]["default"] = True  # type: ignore[assignment]
     head = {"configs": files, "license": "unknown", "tags": ["self-play", "tspin", "t-spin"]}
     head |= {"task_categories": ["text-generation"]}
-    tables = {t: pq.ParquetFile(run.at(t) / "triplets.parquet") for t in built}
+    names = run.tables[built[-1]][0]
     columns = [
         (
             f"`{name}`",
             next(text for end, text in _COLUMNS.items() if name == end or (end[0] == "_" and name.endswith(end))),
         )
-        for name in tables[built[-1]].schema_arrow.names
+        for name in names
     ]
-    rows = [(f"iter_{t:02d}", table.metadata.num_rows, _cut_share(table)) for t, table in tables.items()]
+    rows = [(f"iter_{t:02d}", count, cut) for t, (_, count, cut) in run.tables.items()]
     made_from = {"Source": source_text, "Model": base_text}
     parts = ["# Annotated prompts of a run of the package tspin\n"]
     usage: list[str] = []
-    if "rejected" in tables[built[-1]].schema_arrow.names:
+    if "rejected" in names:
         made_from["Samples"] = _sampling(config)
         parts = [
             f"# Triplets of self-play from {base or Path(config.model_name_or_path).name}\n",
@@ -265,8 +278,11 @@ def _table(header: tuple[str, ...], rows: Any) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)]
 
 
-def _cut_share(table: pq.ParquetFile) -> str:
-    if "rejected_finish_reason" not in table.schema_arrow.names:
-        return ""
+def _facts(path: Path) -> tuple[list[str], int, str]:
+    """Columns and number of rows of a table of triplets, and the share of samples cut short, '' where there are none."""
+    table = pq.ParquetFile(path)
+    names, rows = table.schema_arrow.names, table.metadata.num_rows
+    if "rejected_finish_reason" not in names:
+        return names, rows, ""
     reasons = table.read(columns=["rejected_finish_reason"])["rejected_finish_reason"].to_pylist()
-    return f"{reasons.count('length') / max(1, len(reasons)):.3f}"
+    return names, rows, f"{reasons.count('length') / max(1, rows):.3f}"

@@ -59,7 +59,7 @@ def test_the_model_card_tells_model_method_data_iteration_evaluation_and_version
         )
         assert f"`train.jsonl`, 24 rows, SHA-256 of their token ids `{record['data']['sha256']}`" in text
         assert "| at temperature 0.9, at most 6 tokens |" in text and "0.001, 1 epochs, rmsprop" in text
-        assert storage.model_hash(path.parent) in text
+        assert f"`{storage.content_hash(path.parent)}`" in text
         row = next(line for line in text.splitlines() if line.startswith(f"| {t} |"))
         wanted = [f"{scores['exact_match']:.3f}", f"{scores['exact_match_sampled']:.3f}", f"{scores['logprob']:.2f}"]
         assert row.split(" | ")[1:] == [*wanted, f"{scores['fresh_share']:.3f} |"]
@@ -122,6 +122,13 @@ def test_cards_of_other_methods(mine, method, told):
         storage.write_parquet(path, pq.read_table(path).select(["row", "prompt", "chosen", "prompt_ids", "chosen_ids"]))
         write_cards(mine)
     assert ("trl dpo" in (mine / "README.md").read_text()) == (method != "sft")
+
+
+def test_a_damaged_table_is_left_out_of_the_card_and_named(mine, caplog):
+    (mine / "iter_00" / "triplets.parquet").write_bytes(b"PAR1")
+    write_cards(mine)
+    assert [part["config_name"] for part in card_of(mine / "README.md").data.configs] == ["iter_01"]
+    assert "iter_00/triplets.parquet is not a whole parquet file" in caplog.text
 
 
 def test_a_card_changes_no_hash_and_is_the_same_wherever_it_is_made(mine, toy, caplog):
