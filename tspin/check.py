@@ -51,6 +51,7 @@ def check(config: SelfPlayConfig, *, gpu_memory: str | None = None, rows: int = 
     examples = step("data", _check_data, tokenizer, "train")
     held_out = step("eval data", _check_data, tokenizer, "eval")
     step("model", _check_model, training, tokenizer, examples, held_out)
+    step("generation", _check_generation)
     step("memory", partial(_check_memory, gpu_memory=gpu_memory, examples=examples or []), training)
     for example in (examples or [])[:rows]:
         print(f"\nrow {example.row}: {len(example.prompt_ids)} prompt and {len(example.response_ids)} response tokens")
@@ -143,6 +144,28 @@ def _check_model(
             raise
         return model, f"{text}; fused='auto' will take its logits ({one_line(refusal)})"
     return model, f"{text}, scores through its output head"
+
+
+def _check_generation(config: SelfPlayConfig) -> tuple[Any, str]:
+    backend = config.generation_backend
+    if backend == "transformers":
+        return backend, "by transformers, in this process"
+    if backend == "continuous":
+        from tspin.continuous import sample_continuous
+
+        return sample_continuous, "by continuous batching, in this process"
+    from tspin.remote import answers
+    from tspin.server import command_words
+
+    if config.generation_server_command is not None:
+        words = command_words(config.generation_server_command, config.model_name_or_path, 0)
+        return words, f"by {words[0]}, started for the weights of each iteration; they are compared when it runs"
+    assert config.generation_url is not None
+    if not answers(config.generation_url):
+        raise ValueError(
+            f"generation_url: want a server that answers, got none at {config.generation_url}; start it first"
+        )
+    return backend, f"by the server at {config.generation_url}, which answers; its weights are compared when it is used"
 
 
 def _check_memory(
