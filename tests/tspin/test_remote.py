@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from completions_server import FAULTS, SLOW_FAULTS, PolicyServer
+from test_distributed_loop import launch
 from test_generate import contents, examples, toy_model, toy_tokenizer
 from test_loop import make_toy, outcome, toy_config
 
@@ -449,6 +450,24 @@ def test_the_loop_starts_a_server_for_each_policy_and_outlives_its_deaths(toy, t
     assert restarted.model_hash == undisturbed.model_hash
     pair = [outcome(run.output_dir) for run in (undisturbed, restarted)]
     assert pair[0] == pair[1]
+
+
+@pytest.mark.soak
+def test_of_two_processes_one_samples(toy, tmp_path):
+    one, two = Policies(), Policies()
+    loop(toy, tmp_path / "one" / "run", one, iterations=1)
+    with PolicyServer(two) as upstream:
+        command = f"{sys.executable} -S {HERE / 'completions_server.py'} {{port}} {upstream.url} {{model}}"
+        keys = {"generation_backend": "openai", "generation_server_command": command, "num_train_epochs": 1}
+        config = toy_config(toy, tmp_path / "two" / "run", iterations=1, per_device_train_batch_size=2, **keys)
+        config.save(tmp_path / "config.yaml")
+        launched = launch("-m", "tspin", "run", "--config", str(tmp_path / "config.yaml"))
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert two.pids and not [pid for pid in two.pids if is_alive(pid)]
+    assert two.asked.count(str(toy / "model")) == one.asked.count(str(toy / "model"))
+    assert len(two.asked) == len(one.asked)
+    for name in ("iter_00/synthetic", "eval_initial/sampled"):
+        assert contents(tmp_path / "one" / "run" / name) == contents(tmp_path / "two" / "run" / name)
 
 
 class Fatal(Policies):
