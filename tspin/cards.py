@@ -154,7 +154,7 @@ def model_card(run: _Run, t: int) -> str:
         **({} if args.method == "sft" else {"Samples": _sampling(config)}),
         "Prompt template": "the tokenizer's chat template" if prompt == "chat" else f"`{prompt!r}`",
         "Seed": str(config.seed),
-        "SHA-256 of its other files": f"`{run.done[f'iter_{t:02d}/model']['sha256']}`",
+        "SHA-256 of its other files": f"`{run.done[f'iter_{t:02d}/model'][f'iter_{t:02d}/model']}`",
     }
     return "\n".join(
         [

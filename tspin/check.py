@@ -62,6 +62,7 @@ def check(
     if config.tasks:
         step("tasks", _check_tasks)
     step("model", _check_model, training, tokenizer, examples, held_out)
+    step("generation", _check_generation)
     step("memory", partial(_check_memory, gpu_memory=gpu_memory, gpus=gpus, examples=examples or []), training)
     if gpu is not None:
         step("cost", partial(_check_cost, gpu=gpu, gpus=gpus), training, examples, held_out)
@@ -171,6 +172,28 @@ def _check_model(
             raise
         return model, f"{text}; fused='auto' will take its logits ({one_line(error)})"
     return model, f"{text}, scores through its output head"
+
+
+def _check_generation(config: SelfPlayConfig) -> tuple[Any, str]:
+    backend = config.generation_backend
+    if backend == "transformers":
+        return backend, "by transformers, in this process"
+    if backend == "continuous":
+        from tspin.continuous import sample_continuous
+
+        return sample_continuous, "by continuous batching, in this process"
+    from tspin.remote import answers
+    from tspin.server import command_words
+
+    if config.generation_server_command is not None:
+        words = command_words(config.generation_server_command, config.model_name_or_path, 0)
+        return words, f"by {words[0]}, started for the weights of each iteration; they are compared when it runs"
+    assert config.generation_url is not None
+    if not answers(config.generation_url):
+        raise ValueError(
+            f"generation_url: want a server that answers, got none at {config.generation_url}; start it first"
+        )
+    return backend, f"by the server at {config.generation_url}, which answers; its weights are compared when it is used"
 
 
 def _check_memory(

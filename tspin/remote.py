@@ -221,7 +221,7 @@ class Server:
         while time.monotonic() < deadline:
             try:
                 process.check_alive()
-                if (await client.get(self.url.removesuffix("/v1") + "/health", timeout=5)).status_code < 500:
+                if (await client.get(_health(self.url), timeout=5)).status_code < 500:
                     return
             except ChildProcessError as death:
                 raise ValueError(f"generation_server_command: {death}") from death
@@ -344,6 +344,21 @@ class Server:
             return json.loads(response.content)
         except (ValueError, RecursionError) as error:
             raise AgainError(f"no JSON: {error}") from error
+
+
+def answers(url: str) -> bool:
+    """Whether something that speaks HTTP listens at `url`; waits for 5 seconds at most."""
+    import httpx2
+
+    try:
+        return httpx2.get(_health(url), timeout=5, trust_env=False).status_code < 500
+    except httpx2.HTTPError:
+        return False
+
+
+def _health(url: str) -> str:
+    # Beside /v1, in vLLM, SGLang and transformers serve alike; a server without it says 404.
+    return url.rstrip("/").removesuffix("/v1") + "/health"
 
 
 def _retry_after(value: str | None) -> float:

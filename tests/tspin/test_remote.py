@@ -8,16 +8,19 @@ import subprocess
 import sys
 import threading
 import time
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
 import torch
 from completions_server import FAULTS, SLOW_FAULTS, PolicyServer
+from test_distributed_loop import launch
 from test_generate import contents, examples, toy_model, toy_tokenizer
 from test_loop import make_toy, outcome, toy_config
 
 from tspin import remote
 from tspin.cli import main
+from tspin.completions import AgainError, Answer, TokenIds
 from tspin.config import SelfPlayConfig
 from tspin.data import Example
 from tspin.generate import generate_responses, read_generations, row_seed, sample_responses
@@ -140,9 +143,11 @@ def test_after_faults_the_shards_are_those_of_an_undisturbed_run(tmp_path, undis
 
 
 @pytest.mark.parametrize("fault", SLOW_FAULTS)
-def test_a_server_that_hangs_or_drips_is_asked_again(tmp_path, undisturbed, fault):
+def test_a_server_that_hangs_or_drips_is_asked_again(tmp_path, undisturbed, caplog, fault):
+    caplog.set_level(logging.INFO)
     with toy_server(faults={4: fault}) as server:
         generate(server.url, tmp_path, generation_timeout=1)
+    assert "no answer within 1 s (generation_timeout)" in caplog.text
     assert contents(tmp_path) == undisturbed
 
 
@@ -229,7 +234,7 @@ def test_without_log_probs_greedy_tokens_tell_the_weights_apart(tmp_path, undist
     with PolicyServer(silent(flipped)) as server:
         with pytest.raises(ValueError, match="none of its first greedy tokens is ours"):
             generate(server.url, tmp_path / "flipped")
-        with pytest.raises(ValueError, match="its greedy token 0 for row 0 is"):
+        with pytest.raises(ValueError, match=r"its greedy token \d for row \d+ is"):
             generate(server.url, tmp_path / "flipped", generation_tolerance=0.01)
 
 
@@ -296,6 +301,91 @@ def test_the_command_samples_over_http_too(tmp_path, monkeypatch, capsys):
     assert len(read_generations(tmp_path / "out")) == 24
 
 
+def read(stop_ids=(1, 7), **choice):
+    protocol = TokenIds("toy", toy_tokenizer(), stop_ids, 20)
+    choice = {"token_ids": [5, 6, 1], "finish_reason": "stop", **choice}
+    return protocol.read({"model": "toy", "choices": [choice]}, Example(9, "", "", [4, 5], [1]), 4)
+
+
+def test_what_an_answer_means():
+    assert read() == Answer([5, 6, 1], True)
+    assert read(token_ids=[5, 6, 8, 9], finish_reason="length") == Answer([5, 6, 8, 9], False)
+    # The last token may be an end whatever the reason, and a server may name it rather than send it.
+    assert read(token_ids=[5, 6, 8, 7], finish_reason="length").stopped
+    assert read(token_ids=[5, 6], stop_reason=7) == Answer([5, 6, 7], True)
+    assert read(token_ids=[5, 6], matched_stop=1) == Answer([5, 6, 1], True)
+    assert read((1,), token_ids=[]) == Answer([1], True)
+    assert read(logprobs={"token_logprobs": [-1.0, -2.0, -0.5]}).logprobs == [-1.0, -2.0, -0.5]
+    for unusable in (None, {"token_logprobs": [-1.0, None, -0.5]}, {"token_logprobs": [-1.0]}, []):
+        assert read(logprobs=unusable).logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"token_ids": None, "text": "ab"}, "generation_protocol: the server returns no token ids"),
+        ({"prompt_token_ids": [3, 4, 5]}, "the server read another prompt than that of row 9"),
+        ({"token_ids": [5, 6]}, r"ended row 9 without one of \[1, 7\]"),
+        ({"token_ids": [5, 6], "finish_reason": "length"}, r"cut row 9 after 2 of 4 tokens; .*--max-model-len"),
+        ({"token_ids": [5, 1, 6, 1]}, "went on after a stop token in row 9"),
+    ],
+)
+def test_an_answer_of_a_server_that_cannot_be_used_says_why(choice, message):
+    with pytest.raises(ValueError, match=message):
+        read(**choice)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        *({"token_ids": ids} for ids in ([True], [5.0], [-1], [20], "ab", [5] * 5)),
+        *({"finish_reason": reason} for reason in (None, "abort", "content_filter")),
+    ],
+)
+def test_an_answer_that_is_none_is_asked_for_again(choice):
+    with pytest.raises(AgainError):
+        read(**choice)
+    for answer in ([], {}, {"model": "toy"}, {"model": 3, "choices": []}, {"model": "toy", "choices": ["a"]}):
+        with pytest.raises(AgainError):
+            TokenIds("toy", toy_tokenizer(), (1,), 20).read(answer, Example(9, "", "", [4], [1]), 4)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [(None, 0), ("3", 3), ("0.5", 0.5), ("-1", 0), ("nan", 0), ("soon", 0), ("Mon, 1 Jan 1990", 0)],
+)
+def test_retry_after(header, seconds):
+    assert remote._retry_after(header) == seconds
+    later = formatdate(time.time() + 50, usegmt=True)
+    assert 40 < remote._retry_after(later) <= 50
+
+
+def test_check_tells_whether_the_backend_is_there(tmp_path, capsys):
+    make_toy(tmp_path)
+    words = ["check", "--model_name_or_path", str(tmp_path / "model"), "--dataset", str(tmp_path / "train.jsonl")]
+    words += ["--prompt_template", "{prompt}", "--max_new_tokens", "6", "--max_length", "32", "--use_cpu"]
+    words += ["--iterations", "1", "--generation_backend"]
+
+    def line(*more):
+        main([*words, *more])
+        return next(line for line in capsys.readouterr().out.splitlines() if "generation:" in line)
+
+    assert line("transformers") == "ok  generation: by transformers, in this process"
+    assert line("continuous").startswith("ok  generation: by continuous batching")
+    with toy_server() as server:
+        url = server.url
+        assert line("openai", "--generation_url", url).startswith("ok  generation: by the server at")
+        assert server.requests == []
+    assert line("openai", "--generation_url", url).startswith(
+        "NO  generation: generation_url: want a server that answers"
+    )
+    started = ("openai", "--generation_server_command")
+    assert line(*started, "sh -c {model} {port}").startswith("ok  generation: by sh, started for the weights")
+    assert line(*started, "no-such {model} {port}").startswith(
+        "NO  generation: generation_server_command: want a program"
+    )
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     root = tmp_path_factory.mktemp("toy")
@@ -338,25 +428,46 @@ def loop(toy, directory, policies, **changes):
     return result
 
 
-def test_the_loop_starts_a_server_for_each_policy_and_outlives_its_deaths(toy, tmp_path):
+@pytest.mark.parametrize(
+    ("iterations", "servers", "fatal"),
+    [(1, 3, (3, 40, 60)), pytest.param(2, 5, (3, 40, 75, 120), marks=pytest.mark.soak)],
+)
+def test_the_loop_starts_a_server_for_each_policy_and_outlives_its_deaths(toy, tmp_path, iterations, servers, fatal):
     """What is asked of it when it is killed is asked again of its successor: the same run, to the bit of its weights."""
-    calm, shaken = Policies(), Policies(fatal=(3, 40, 75, 120))
-    undisturbed = loop(toy, tmp_path / "calm" / "run", calm)
-    weights = [str(toy / "model"), *(str(undisturbed.output_dir / f"iter_0{t}" / "model") for t in range(2))]
-    assert list(dict.fromkeys(calm.asked)) == weights
-    for name, model in (("proto", 0), ("iter_00/synthetic", 0), ("iter_01/synthetic", 1), ("eval_initial/greedy", 0)):
+    calm, shaken = Policies(), Policies(fatal)
+    undisturbed = loop(toy, tmp_path / "calm" / "run", calm, iterations=iterations)
+    made = [str(undisturbed.output_dir / f"iter_0{t}" / "model") for t in range(iterations)]
+    assert list(dict.fromkeys(calm.asked)) == [str(toy / "model"), *made]
+    samples = {"eval_initial/greedy": 0, "iter_00/synthetic": 0}
+    samples |= {"iter_00/fresh": 1} if iterations == 1 else {"proto": 0, "iter_01/synthetic": 1}
+    for name, t in samples.items():
         request = shard_request(undisturbed.output_dir / name)
-        assert request["backend"] == "openai" and (request["model"] == "pi_0") == (model == 0)
-    # For the evaluation of pi_0, its samples, those of pi_1 and its evaluation, y0, and pi_2.
-    assert len(calm.pids) == 5
-    restarted = loop(toy, tmp_path / "shaken" / "run", shaken)
-    assert len(shaken.pids) == 9 and not shaken.fatal
+        assert request["backend"] == "openai" and (request["model"] == "pi_0") == (t == 0)
+    # For the evaluation of pi_0, its samples, those of pi_1 with its evaluation, and then y0 and pi_2.
+    assert len(calm.pids) == servers
+    restarted = loop(toy, tmp_path / "shaken" / "run", shaken, iterations=iterations)
+    assert len(shaken.pids) == servers + len(fatal) and not shaken.fatal
     assert restarted.model_hash == undisturbed.model_hash
     pair = [outcome(run.output_dir) for run in (undisturbed, restarted)]
-    for one in pair:
-        # It names the ports and the directories of the two runs.
-        one["files"].pop("config.yaml", None)
     assert pair[0] == pair[1]
+
+
+@pytest.mark.soak
+def test_of_two_processes_one_samples(toy, tmp_path):
+    one, two = Policies(), Policies()
+    loop(toy, tmp_path / "one" / "run", one, iterations=1)
+    with PolicyServer(two) as upstream:
+        command = f"{sys.executable} -S {HERE / 'completions_server.py'} {{port}} {upstream.url} {{model}}"
+        keys = {"generation_backend": "openai", "generation_server_command": command, "num_train_epochs": 1}
+        config = toy_config(toy, tmp_path / "two" / "run", iterations=1, per_device_train_batch_size=2, **keys)
+        config.save(tmp_path / "config.yaml")
+        launched = launch("-m", "tspin", "run", "--config", str(tmp_path / "config.yaml"))
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert two.pids and not [pid for pid in two.pids if is_alive(pid)]
+    assert two.asked.count(str(toy / "model")) == one.asked.count(str(toy / "model"))
+    assert len(two.asked) == len(one.asked)
+    for name in ("iter_00/synthetic", "eval_initial/sampled"):
+        assert contents(tmp_path / "one" / "run" / name) == contents(tmp_path / "two" / "run" / name)
 
 
 class Fatal(Policies):
