@@ -28,6 +28,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from tspin.model import vocabulary_size
 from tspin.storage import read_shard, remove_partial, shard_request, write_shard
 
 if TYPE_CHECKING:
@@ -146,7 +147,8 @@ def _decode_batch(
         logits = model(**inputs, use_cache=True).logits[:, -1]
         if logits.isnan().any():
             raise ValueError(
-                "model gave NaN logits while sampling; its weights are broken, or a lower precision overflows"
+                "model gave NaN logits while sampling; its weights are broken, or a lower precision overflows: restore the "
+                "checkpoint, or set torch_dtype: float32 and fp16: false"
             )
         chosen = next_tokens(logits, uniforms[live, step], **sampling)
         collected[live, step] = chosen
@@ -190,7 +192,7 @@ def sample_responses(
     from tspin.data import stop_token_ids
 
     _check_sampling(max_new_tokens, temperature, top_p, top_k, batch_size)
-    _check_examples(examples)
+    _check_examples(examples, vocabulary_size(model))
     stop_ids = sorted(stop_token_ids(tokenizer, model.generation_config))
     pad_id = cast(int, stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
     stops = torch.tensor(stop_ids, device=model.device)
@@ -202,7 +204,13 @@ def sample_responses(
             batch = order[start : start + batch_size]
             uniforms = torch.stack([row_uniforms(seed, examples[i].row, max_new_tokens) for i in batch])
             prompts = [examples[i].prompt_ids for i in batch]
-            decoded = _decode_batch(model, prompts, uniforms.to(model.device), stops, pad_id, sampling)
+            try:
+                decoded = _decode_batch(model, prompts, uniforms.to(model.device), stops, pad_id, sampling)
+            except IndexError as error:
+                raise ValueError(
+                    f"max_new_tokens: want room in the model's positions, got {max_new_tokens} behind a prompt of "
+                    f"{max(map(len, prompts))} tokens; lower max_new_tokens or max_length"
+                ) from error
             for i, (ids, stop) in zip(batch, decoded):
                 text = cast(str, tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
                 generations[i] = Generation(ids, "stop" if stop else "length", text)
@@ -243,7 +251,7 @@ def generate_responses(
     if shard_size < 1:
         raise ValueError(f"shard_size: want at least 1, got {shard_size}; 512 is the default")
     _check_sampling(max_new_tokens, temperature, top_p, top_k, batch_size)
-    _check_examples(examples)
+    _check_examples(examples, vocabulary_size(model))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     request: dict[str, Any] = {
@@ -324,9 +332,14 @@ def _check_sampling(max_new_tokens: int, temperature: float, top_p: float, top_k
             raise ValueError(f"{name}: want {wanted}, got {value}")
 
 
-def _check_examples(examples: Sequence[Example]) -> None:
+def _check_examples(examples: Sequence[Example], vocabulary: int) -> None:
     seen: set[int] = set()
     for example in examples:
+        if (most := max((*example.prompt_ids, *example.response_ids), default=0)) >= vocabulary:
+            raise ValueError(
+                f"tokenizer: want token ids below {vocabulary}, as the model has embeddings, got {most} in row "
+                f"{example.row}; use the model's own tokenizer"
+            )
         if example.row in seen:
             raise ValueError(f"examples: want each row once, got row {example.row} twice; rows key seeds and responses")
         if not example.prompt_ids:
