@@ -32,8 +32,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The training log of one iteration: its lines that carry a loss, in order; empty where there is no file."""
     if not path.exists():
         return []
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = path.read_bytes().splitlines()
+    entries = [_numbers(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     return [entry for entry in entries if "loss" in entry]
+
+
+def _numbers(text: bytes, where: str) -> dict[str, Any]:
+    """The numbers of a JSON object."""
+    try:
+        entry = json.loads(text)
+        if isinstance(entry, dict):
+            return {key: value for key, value in entry.items() if isinstance(value, (int, float))}
+        problem = f"want a JSON object, got {type(entry).__name__}"
+    except (ValueError, RecursionError) as error:
+        problem = str(error)
+    raise ValueError(f"{where} is damaged: {problem}; restore it, or delete the file") from None
 
 
 def read_iterations(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -41,7 +54,7 @@ def read_iterations(run_dir: str | Path) -> list[dict[str, Any]]:
     log's own names, and `log`, the log itself. Iterations not yet trained are left out.
 
     Raises:
-        ValueError: the directory holds no run.
+        ValueError: the directory holds no run, or a file of it is damaged.
     """
     directory = Path(run_dir)
     if not (directory / "config.yaml").exists():
@@ -52,10 +65,11 @@ def read_iterations(run_dir: str | Path) -> list[dict[str, Any]]:
         *(
             (int(path.name[5:]), path / "eval.json", read_metrics(path / "metrics.jsonl"))
             for path in sorted(directory.glob("iter_[0-9]*"))
+            if path.name[5:].isdecimal()
         ),
     ]:
-        scores = json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.exists() else {}
-        keys = {key for entry in log for key, value in entry.items() if isinstance(value, (int, float))}
+        scores = _numbers(evaluation.read_bytes(), str(evaluation)) if evaluation.exists() else {}
+        keys = {key for entry in log for key in entry}
         means = {key: _mean([entry[key] for entry in log if key in entry]) for key in keys}
         if scores or log:
             rows.append({**means, **scores, "iteration": t, "log": log})
