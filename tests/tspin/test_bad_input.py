@@ -56,10 +56,6 @@ def rewrite(path, change):
             {"max_length": 7, "overlong": "error"},
             "train.jsonl, line 1: want at most max_length 7 tokens, got 9; raise it, or",
         ),
-        (
-            {"max_length": 9, "eval_dataset": None, "max_new_tokens": 9},
-            "no triplet of iteration 0 is left.*overlong: cut",
-        ),
         ({"max_length": 4}, "the prompt's 6 tokens fill max_length 4; shorten it or raise max_length"),
         ({"prompt_column": "question", "response_column": "answer"}, "column 'question' is missing; got columns"),
         ({"answer_pattern": "zzz(.)"}, "answer_pattern: want a match in every annotated response.*correct the pattern"),
