@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from tspin.data import Example
 
 # What users can put right: bad values, missing files, missing extras. Anything else is a defect and shows its trace.
-USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ImportError)
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+    ImportError,
+)
 
 
 def one_line(error: Exception) -> str:

@@ -249,11 +249,13 @@ def _train(args: argparse.Namespace, words: list[str]) -> None:
     if args.iteration < 0:
         raise ValueError(f"--iteration: want 0 or more, got {args.iteration}")
     import pyarrow
+    from accelerate import PartialState
     from datasets import Dataset
     from pyarrow import parquet
 
     from tspin.loading import add_adapter, lora_config, model_of, tokenizer_of, training_args_of
     from tspin.sharding import whole_weights
+    from tspin.storage import disk_errors, run_lock, staged_directory
     from tspin.trainer import TSPINTrainer
 
     try:
@@ -262,24 +264,27 @@ def _train(args: argparse.Namespace, words: list[str]) -> None:
         raise ValueError(f"--triplets: want a whole parquet file, got {args.triplets}: {error}") from error
     tokenizer, final = tokenizer_of(config), Path(config.output_dir) / "model"
     training_args = training_args_of(config, args.iteration)
-    trainer = TSPINTrainer(
-        model_of(config, device=training_args.device),
-        training_args,
-        dataset,
-        processing_class=tokenizer,
-        peft_config=lora_config(config),
-        iteration=args.iteration,
-    )
-    trainer.train()
-    weights = whole_weights(trainer.model)
-    if trainer.is_world_process_zero():
-        model: Any = model_of(config, whole=True)
-        if config.use_peft:
-            model = add_adapter(model, lora_config(config), seed=config.seed)
-        model.load_state_dict(weights, strict=False)
-        (model.merge_and_unload() if config.use_peft else model).save_pretrained(final)
-        tokenizer.save_pretrained(final)
-        print(f"saved {final}")
+    state: Any = PartialState()
+    with run_lock(config.output_dir, state.process_index), disk_errors(config.output_dir):
+        trainer = TSPINTrainer(
+            model_of(config, device=training_args.device),
+            training_args,
+            dataset,
+            processing_class=tokenizer,
+            peft_config=lora_config(config),
+            iteration=args.iteration,
+        )
+        trainer.train()
+        weights = whole_weights(trainer.model)
+        if trainer.is_world_process_zero():
+            model: Any = model_of(config, whole=True)
+            if config.use_peft:
+                model = add_adapter(model, lora_config(config), seed=config.seed)
+            model.load_state_dict(weights, strict=False)
+            with staged_directory(final) as staged:
+                (model.merge_and_unload() if config.use_peft else model).save_pretrained(staged)
+                tokenizer.save_pretrained(staged)
+            print(f"saved {final}")
 
 
 def _eval(args: argparse.Namespace, words: list[str]) -> None:

@@ -95,7 +95,7 @@ def sample_continuous(
         ValueError: as `sample_responses`; autocast to another dtype than the model's; transformers cannot batch this
             model continuously, or does it in a way this module does not know.
     """
-    check_request(examples, max_new_tokens, temperature, top_p, top_k, batch_size)
+    check_request(model, examples, max_new_tokens, temperature, top_p, top_k, batch_size)
     if not examples:
         return []
     if autocast_dtype not in (None, model.dtype):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from tspin.model import vocabulary_size
 from tspin.storage import read_shard, remove_partial, shard_request, write_shard
 
 if TYPE_CHECKING:
@@ -160,7 +162,8 @@ def _decode_batch(
         logits = model(**inputs, use_cache=True).logits[:, -1]
         if logits.isnan().any():
             raise ValueError(
-                "model gave NaN logits while sampling; its weights are broken, or a lower precision overflows"
+                "model gave NaN logits while sampling; its weights are broken, or a lower precision overflows: restore the "
+                "checkpoint, or set torch_dtype: float32 and fp16: false"
             )
         chosen = next_tokens(logits, uniforms[live, step], **sampling)
         collected[live, step] = chosen
@@ -203,7 +206,7 @@ def sample_responses(
     """
     from tspin.data import stop_token_ids
 
-    check_request(examples, max_new_tokens, temperature, top_p, top_k, batch_size)
+    check_request(model, examples, max_new_tokens, temperature, top_p, top_k, batch_size)
     stop_ids = sorted(stop_token_ids(tokenizer, model.generation_config))
     pad_id = cast(int, stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
     stops = torch.tensor(stop_ids, device=model.device)
@@ -215,7 +218,13 @@ def sample_responses(
             batch = order[start : start + batch_size]
             uniforms = torch.stack([row_uniforms(seed, examples[i].row, max_new_tokens) for i in batch])
             prompts = [examples[i].prompt_ids for i in batch]
-            decoded = _decode_batch(model, prompts, uniforms.to(model.device), stops, pad_id, sampling)
+            try:
+                decoded = _decode_batch(model, prompts, uniforms.to(model.device), stops, pad_id, sampling)
+            except IndexError as error:
+                raise ValueError(
+                    f"max_new_tokens: want room in the model's positions, got {max_new_tokens} behind a prompt of "
+                    f"{max(map(len, prompts))} tokens; lower max_new_tokens or max_length"
+                ) from error
             for i, (ids, stop) in zip(batch, decoded):
                 generations[i] = Generation(ids, "stop" if stop else "length", text_of(tokenizer, ids))
             if progress is not None:
@@ -257,7 +266,7 @@ def generate_responses(
     """
     if shard_size < 1:
         raise ValueError(f"shard_size: want at least 1, got {shard_size}; 512 is the default")
-    check_request(examples, max_new_tokens, temperature, top_p, top_k, batch_size)
+    check_request(model, examples, max_new_tokens, temperature, top_p, top_k, batch_size)
     if backend is None:
         facts = {"backend": "transformers", "batch_size": batch_size, "autocast": str(autocast_dtype)}
         backend = Backend(sample_responses, facts)
@@ -329,9 +338,15 @@ def read_generations(directory: str | Path) -> dict[int, Generation]:
 
 
 def check_request(
-    examples: Sequence[Example], max_new_tokens: int, temperature: float, top_p: float, top_k: int, batch_size: int
+    model: PreTrainedModel | None,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    batch_size: int,
 ) -> None:
-    """Raise ValueError where an argument of `sample_responses` is out of range, a row comes twice or a prompt is empty."""
+    """Raise ValueError where an argument of `sample_responses` is out of range, a row comes twice or its tokens do not fit."""
     for name, value, good, wanted in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "at least 0 (0 is greedy)"),
@@ -342,7 +357,13 @@ def check_request(
         if not good:
             raise ValueError(f"{name}: want {wanted}, got {value}")
     seen: set[int] = set()
+    vocabulary = math.inf if model is None else vocabulary_size(model)
     for example in examples:
+        if (most := max((*example.prompt_ids, *example.response_ids), default=0)) >= vocabulary:
+            raise ValueError(
+                f"tokenizer: want token ids below {vocabulary}, as the model has embeddings, got {most} in row "
+                f"{example.row}; use the model's own tokenizer"
+            )
         if example.row in seen:
             raise ValueError(f"examples: want each row once, got row {example.row} twice; rows key seeds and responses")
         if not example.prompt_ids:

@@ -125,7 +125,7 @@ class Server:
         """
         from anyio.from_thread import start_blocking_portal
 
-        check_request(examples, max_new_tokens, temperature, top_p, top_k, batch_size)
+        check_request(model, examples, max_new_tokens, temperature, top_p, top_k, batch_size)
         if not examples:
             return []
         self._prepare(examples)

@@ -9,10 +9,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -155,3 +156,30 @@ def _turns(value: Any, role: str, column: str) -> list[dict]:
         if any("\ud800" <= character <= "\udfff" for character in turn["content"]):
             raise BadRow(f"column {column!r}: want valid Unicode, got a lone surrogate; repair the text")
     return [{key: entry for key, entry in turn.items() if entry is not None} for turn in turns]
+
+
+def check_columns(dataset: Any, ids: list[str], numbers: list[str], vocabulary: int) -> None:
+    """ValueError where a column of `ids` holds anything but lists of the vocabulary's token ids, or one of `numbers` no numbers."""
+    for name in [*ids, *numbers]:
+        try:
+            table = getattr(dataset, "data", None)
+            column = pa.array([row[name] for row in dataset]) if table is None else table.column(name)
+        except (pa.ArrowException, TypeError) as error:
+            raise ValueError(f"dataset: column {name!r} holds values of several types: {error}; convert it") from None
+        kind = column.type
+        if name in numbers:
+            if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+                raise ValueError(f"dataset: column {name!r}: want a number in each row, got {kind}; convert it")
+            continue
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        if pa.types.is_null(kind) or (is_list and pa.types.is_null(kind.value_type)):
+            continue  # empty responses, which the collator names
+        if not (is_list and pa.types.is_integer(kind.value_type)):
+            raise ValueError(f"dataset: column {name!r}: want a list of token ids in each row, got {kind}; tokenise it")
+        flat: Any = column.flatten() if table is None else pa.chunked_array(chunk.flatten() for chunk in column.chunks)
+        least, most = cast(Any, pc).min_max(flat).as_py().values()
+        if least is not None and not 0 <= least <= most < vocabulary:
+            raise ValueError(
+                f"dataset: column {name!r}: want token ids in [0, {vocabulary}), as the model has embeddings, got {least} to "
+                f"{most}; use the model's own tokenizer"
+            )

@@ -352,7 +352,12 @@ def run_lock(directory: str | os.PathLike, process_index: int = 0) -> Iterator[N
         ValueError: another process holds it; its id is named.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f"output_dir: want a directory, got {directory}, which is a file or in one; choose another"
+        ) from error
     path = directory / (".lock" if process_index == 0 else f".lock-{process_index}")
     with open(path, "a+") as file:
         try:

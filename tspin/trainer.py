@@ -29,9 +29,10 @@ from tspin.fitting import MemoryCheck, gpu_memory
 from tspin.loading import add_adapter, load_model, warn_of_rounded_steps
 from tspin.memory import Context
 from tspin.metrics import Meter, reduced, triplet_metrics
-from tspin.model import causal_lm, install_scoring, score_batch
+from tspin.model import causal_lm, install_scoring, score_batch, vocabulary_size
 from tspin.optimizers import spare_copies
 from tspin.prefix import share_prompts
+from tspin.rows import check_columns
 from tspin.scoring import scoring_options, verify_packed_row
 from tspin.sequential import backward_one_by_one
 from tspin.sharding import whole_weights
@@ -244,7 +245,8 @@ class TSPINTrainer(Trainer):
             model = add_adapter(model, peft_config, seed=args.seed)
         install_scoring(model)
         train_dataset, eval_dataset = (
-            _with_ids(dataset, args, self.members, processing_class) for dataset in (train_dataset, eval_dataset)
+            _with_ids(dataset, args, self.members, processing_class, vocabulary_size(causal_lm(model)))
+            for dataset in (train_dataset, eval_dataset)
         )
         super().__init__(
             *(model, args, data_collator, train_dataset, eval_dataset, processing_class),  # type: ignore
@@ -493,11 +495,17 @@ class TSPINTrainer(Trainer):
 
 
 def _with_ids(
-    dataset: Any, args: TSPINConfig, members: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None
+    dataset: Any,
+    args: TSPINConfig,
+    members: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocabulary: int,
 ) -> Any:
     """The data set with the columns that its members need, tokenised here where it holds TRL's text columns."""
-    if dataset is None or not len(dataset):
+    if dataset is None:
         return dataset
+    if not len(dataset):
+        raise ValueError("dataset: want at least one triplet, got none; is max_length too small for all of them?")
     columns = set(dataset[0])
     if "prompt_ids" not in columns:
         if tokenizer is None:
@@ -505,13 +513,13 @@ def _with_ids(
                 f"processing_class: want the tokenizer, because the data set has no token ids but {sorted(columns)}"
             )
         dataset = tokenize_triplets(dataset, tokenizer, max_length=args.max_length)
-    wanted = [f"{member}_ids" for member in members]
-    if args.needs_references:
-        wanted += [f"ref_{member}_logps" for member in members]
-    missing = [name for name in wanted if name not in dataset[0]]
+    ids = ["prompt_ids", *(f"{member}_ids" for member in members)]
+    references = [f"ref_{member}_logps" for member in members] if args.needs_references else []
+    missing = [name for name in (*ids, *references) if name not in dataset[0]]
     if missing:
         remedy = "add the columns of tspin.scoring.score_references" if "logps" in missing[0] else "add them"
         raise ValueError(
             f"train_dataset: method {args.method!r} wants the columns {missing}, got {sorted(columns)}; {remedy}"
         )
+    check_columns(dataset, ids, references, vocabulary)
     return dataset

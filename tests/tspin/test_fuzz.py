@@ -29,7 +29,7 @@ from tspin.loop import SelfPlay
 from tspin.report import iteration_table, write_report
 
 SAMPLE = {"reader": 60, "config": 100, "run": 25}
-SOAK = {"reader": 4000, "config": 3000, "run": 3000}
+SOAK = {"reader": 5000, "config": 4000, "run": 1000}
 QUIET = {"deadline": None, "database": None, "derandomize": False, "suppress_health_check": list(HealthCheck)}
 
 
@@ -224,7 +224,6 @@ def opened(config):
     play._open()
     play._survey()
     play._name_damage()
-    play._load(1)
 
 
 def mutated_json(value, draw):
