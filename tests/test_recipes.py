@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tspin import cli
@@ -70,12 +71,22 @@ def test_the_two_recipes_of_the_paper_differ_in_the_model_alone():
     assert {key for key, *_ in zephyr.diff(mistral)} == {"model_name_or_path"}
 
 
-def test_the_launch_file_is_one_that_accelerate_reads():
-    from accelerate.commands.config.config_args import load_config_from_file
+def test_the_launch_file_means_fsdp2_over_eight_processes(monkeypatch):
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
 
-    launch = load_config_from_file(str(RECIPES / "fsdp2_8gpus.yaml"))
-    assert (launch.num_processes, str(launch.distributed_type)) == (8, "DistributedType.FSDP")
-    assert launch.fsdp_config["fsdp_version"] == 2 and launch.mixed_precision == "bf16"
+    words = ["--config_file", str(RECIPES / "fsdp2_8gpus.yaml"), "-m", "tspin"]
+    launch, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert (launch.num_processes, launch.num_machines, launch.use_fsdp) == (8, 1, True)
+    for name, value in prepare_multi_gpu_env(launch).items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    plugin.set_mixed_precision(launch.mixed_precision)
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert str(plugin.state_dict_type) == "StateDictType.FULL_STATE_DICT"
+    assert not plugin.cpu_ram_efficient_loading and not plugin.activation_checkpointing
+    assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
 
 
 def check_recipe(name: str, root: Path, layers: int) -> int:
@@ -114,7 +125,6 @@ def test_check_of_the_recipe_at_its_full_size(tmp_path, capsys):
 
 @pytest.mark.soak
 def test_the_costs_and_peaks_that_the_page_states(tmp_path):
-    import torch
     from transformers import AutoModelForCausalLM, MistralConfig
 
     from tspin.cost import GPUS, Cost

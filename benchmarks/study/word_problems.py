@@ -1,4 +1,4 @@
-"""The comparison of methods on word problems, with a 27M-parameter model from scratch, for a GPU that is lent for minutes.
+"""The comparison of methods on word problems, with a 26M-parameter model from scratch, for a GPU that is lent for minutes.
 
     python -m benchmarks.study.word_problems run --directory SCRATCH --out FOLDER --seconds 560 --jobs 5
     python -m benchmarks.study.word_problems table FOLDER/rows.jsonl
@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import random
+import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.problems import ANSWER, TOKEN, distinct, problems, vocabulary
+from benchmarks.study.problems import ANSWER, distinct
+from benchmarks.study.word_pupil import SIZES, Size, make_pupil
 from tspin import storage
 
 METHODS = ("tspin", "spin", "sft", "tspin_no_history", "tspin_ref")
@@ -31,33 +31,8 @@ TUNING_SEED, SEEDS = 100, (0, 1, 2)
 RATES = {"tspin": (1e-6, 3e-6, 1e-5), "spin": (1e-6, 3e-6, 1e-5), "sft": (1e-5, 3e-5, 1e-4)}
 # Ablations are run at the rate of what they ablate.
 RATE_OF = {"tspin_no_history": "tspin", "tspin_ref": "tspin"}
-SLOPPY = 0.85  # share of pre-training answers by a pupil who neither carries nor borrows
 HERE = Path(__file__).parent
 _PACKAGES = ("tspin", "torch", "triton", "transformers", "accelerate", "datasets")
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of the model, its pre-training, the data and the runs."""
-
-    name: str
-    hidden: int
-    layers: int
-    heads: int
-    steps: int  # of pre-training
-    batch: int
-    rate: float
-    rows: int  # of training prompts
-    held_out: int  # of each held-out split
-    iterations: int
-    generation_batch: int
-
-
-SIZES = {
-    "full": Size("full", 512, 8, 8, 4000, 256, 1e-3, 2048, 512, 5, 512),
-    # Shows that everything runs; its rows mean nothing.
-    "tiny": Size("tiny", 32, 2, 2, 12, 16, 3e-3, 24, 8, 2, 16),
-}
 
 
 @dataclass(frozen=True)
@@ -76,6 +51,9 @@ class Arm:
     @property
     def splits(self) -> tuple[str, ...]:
         return ("val",) if self.phase == "tune" else ("test", "templates")
+
+    def iterations(self, size: Size) -> int:
+        return min(size.iterations, 3) if self.phase == "tune" else size.iterations
 
 
 def tuned(rows: Sequence[dict[str, Any]], method: str) -> float | None:
@@ -99,79 +77,6 @@ def plan(rows: Sequence[dict[str, Any]]) -> list[Arm]:
     return [arm for arm in arms if arm.name not in done]
 
 
-def build_tokenizer() -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *vocabulary()])}
-    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), "isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
-
-class _Corpus:
-    """Batches of the pre-training corpus, each made from its number alone, whatever process makes it."""
-
-    def __init__(self, size: Size, seed: int):
-        self.size, self.seed, self.tokenizer = size, seed, build_tokenizer()
-
-    def __len__(self) -> int:
-        return self.size.steps
-
-    def __getitem__(self, number: int) -> Any:
-        rng, texts = random.Random(f"{self.seed}/{number}"), []
-        for problem in problems("train", f"corpus/{self.seed}/{number}"):
-            texts.append(f"{problem.prompt}\n{problem.sloppy if rng.random() < SLOPPY else problem.answer}<eos>")
-            if len(texts) == self.size.batch:
-                return self.tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False).data
-
-
-def make_pupil(size: Size, seed: int, directory: Path) -> None:
-    """Pre-train the initial policy of a seed on the sloppy corpus, and save it with its tokenizer."""
-    import torch
-    from torch.utils.data import DataLoader
-    from transformers import LlamaConfig, LlamaForCausalLM, get_linear_schedule_with_warmup, set_seed
-
-    set_seed(seed)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    corpus = _Corpus(size, seed)
-    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    config = LlamaConfig(
-        vocab_size=len(corpus.tokenizer),
-        hidden_size=size.hidden,
-        intermediate_size=size.hidden * 11 // 4,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        max_position_embeddings=256,
-        initializer_range=min(0.1, 1 / math.sqrt(size.hidden)),
-        tie_word_embeddings=True,
-        **special,
-    )
-    model = LlamaForCausalLM(config).to(device)
-    on_gpu = device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, weight_decay=0.01, fused=on_gpu)
-    schedule = get_linear_schedule_with_warmup(optimizer, size.steps // 20, size.steps)
-    start = time.monotonic()
-    for step, batch in enumerate(DataLoader(corpus, batch_size=None, num_workers=4 if on_gpu else 0)):  # type: ignore[arg-type]
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            loss = model(**batch, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % max(1, size.steps // 10) == 0 or step + 1 == size.steps:
-            print(f"pupil {seed}: step {step}, loss {loss.item():.3f}, {time.monotonic() - start:.0f} s", flush=True)
-    with storage.staged_directory(directory) as staged:
-        model.save_pretrained(staged)
-        corpus.tokenizer.save_pretrained(staged)
-
-
 def run_arm(arm: Arm, size: Size, directory: Path, commit: str | None) -> dict[str, Any]:
     """Run one arm from the pupil of its seed in `directory`, and return its row."""
     import torch
@@ -192,7 +97,7 @@ def run_arm(arm: Arm, size: Size, directory: Path, commit: str | None) -> dict[s
         "answer_pattern": ANSWER,
         "prompt_template": "{prompt}\n",
         "output_dir": str(folder / "run"),
-        "iterations": size.iterations,
+        "iterations": arm.iterations(size),
         "max_new_tokens": 64,
         "generation_batch_size": size.generation_batch,
         "shard_size": 2048,
@@ -210,9 +115,10 @@ def run_arm(arm: Arm, size: Size, directory: Path, commit: str | None) -> dict[s
     }
     run = Path(SelfPlay(SelfPlayConfig.from_dict(values)).run().output_dir)
     iterations = [_scores(run / "eval_initial.json", arm, size, folder)]
-    for t in range(size.iterations):
+    for t in range(arm.iterations(size)):
         scores = _scores(run / f"iter_{t:02d}" / "eval.json", arm, size, folder)
         iterations.append({**scores, "training": _training(run / f"iter_{t:02d}" / "metrics.jsonl")})
+    shutil.rmtree(run)  # the disk would not hold the weights of all arms
     return {
         "arm": arm.name,
         **asdict(arm),

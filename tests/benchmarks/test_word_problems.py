@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.study import word_problems as study
 from benchmarks.study.problems import ANSWER, FAMILIES, TOKEN, calculate, distinct, problems, split_of, vocabulary
+from benchmarks.study.word_pupil import build_tokenizer
 from benchmarks.study.word_results import comparison_table, differences, tuning_table, write
 
 SPLITS = ("train", "val", "test", "templates")
@@ -90,7 +91,7 @@ def test_unseen_phrasing_has_no_unseen_word():
 
 
 def test_every_token_is_known_and_texts_come_back():
-    tokenizer = study.build_tokenizer()
+    tokenizer = build_tokenizer()
     assert len(vocabulary()) == len(set(vocabulary()))
     for problem in itertools.chain(*(first(split, 300) for split in SPLITS)):
         for text in (f"{problem.prompt}\n{problem.answer}", problem.sloppy):
