@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from tspin.plotting import (
     finish,
     iteration_ticks,
     legend,
+    short_names,
     style_of,
 )
 from tspin.run_files import Run
@@ -81,27 +83,31 @@ _PANELS: tuple[tuple[str, str, tuple[_Line, ...]], ...] = (
     ),
     ("Loss", "loss", (_Line("loss", "loss", GREY),)),
 )
-# The same for several methods: a row of panels each, one line a method.
-_TITLES = {
-    **{f"rewards/{m}": f"Reward of {label}" for m, label, _ in ROLES},
-    **{f"logps/{m}": f"Log-likelihood of {label}, nats" for m, label, _ in ROLES},
-    "rewards/margins": "Current margin",
-    "rewards/history_margins": "History margin",
-    "rewards/accuracies": "Share with r(y) > r(y')",
-    "weights/current": "Current gradient weight",
-    "weights/history": "History gradient weight",
-    "loss": "Loss (of each method's own)",
-    **{f"entropy/{m}": f"Entropy of {label}, nats/token" for m, label, _ in ROLES},
-    **{f"lengths/{m}": f"Length of {label}, tokens" for m, label, _ in ROLES},
-    "saturated": "Share saturated",
-    "misaligned": "Share misaligned",
-    "identical": "Share with y' = y",
-}
+# The same for several methods: a line a method, a row of panels for each of these.
+_ROWS: tuple[tuple[tuple[str, str], ...], ...] = (
+    tuple((f"rewards/{m}", f"Reward of {label}") for m, label, _ in ROLES),
+    tuple((f"logps/{m}", f"Log-likelihood of {label}, nats") for m, label, _ in ROLES),
+    (
+        ("rewards/margins", "Current margin"),
+        ("rewards/history_margins", "History margin"),
+        ("rewards/accuracies", "Share with r(y) > r(y')"),
+    ),
+    (
+        ("weights/current", "Current gradient weight"),
+        ("weights/history", "History gradient weight"),
+        ("loss", "Loss (of each method's own)"),
+    ),
+    tuple((f"entropy/{m}", f"Entropy of {label}, nats/token") for m, label, _ in ROLES),
+    tuple((f"lengths/{m}", f"Length of {label}, tokens") for m, label, _ in ROLES),
+    (("saturated", "Share saturated"), ("misaligned", "Share misaligned"), ("identical", "Share with y' = y")),
+)
 
 
 def draw(groups: Sequence[Group]) -> dict[str, Picture]:
     """The pictures of these groups by name; those without any data are left out."""
     pictures = {}
+    names = short_names([group.label for group in groups])
+    groups = [replace(group, label=name) for group, name in zip(groups, names)]
     with rc_context(LOOK):
         for name, picture in (
             ("scores", _scores(groups)),
@@ -191,7 +197,9 @@ def _series(group: Group, key: str) -> list[tuple[np.ndarray, np.ndarray, np.nda
         for run, log in logs:
             length, own = _log_length(run, t, log), {}
             for i, entry in enumerate(log):
-                if math.isfinite(entry.get(key, math.nan)):
+                # Without y', whether it is y or was cut says nothing.
+                is_known = key not in ("identical", "truncated") or "logps/rejected" in entry
+                if is_known and math.isfinite(entry.get(key, math.nan)):
                     at = min(entry.get("step", i + 1) / length, 1.0)
                     own.setdefault(max(math.ceil(at * count - 1e-9) - 1, 0), []).append((t + at, entry[key]))
             for index, points in own.items():
@@ -251,23 +259,21 @@ def _dynamics(group: Group) -> Picture | None:
 
 def _dynamics_of_methods(groups: Sequence[Group]) -> Picture | None:
     """One quantity a panel, one line a method."""
-    panels = []
-    for key, title in _TITLES.items():
-        drawn = [(i, curves) for i, group in enumerate(groups) if (curves := _series(group, key))]
-        if drawn:
-            panels.append((title, drawn))
-    if not panels:
+    rows = [[(title, [_series(group, key) for group in groups]) for key, title in row] for row in _ROWS]
+    rows = [row for row in rows if any(any(curves) for _, curves in row)]
+    if not rows:
         return None
-    rows = -(-len(panels) // 3)
-    figure = Figure(figsize=(WIDTH, 2.15 * rows + 0.5), layout="constrained")
-    figure.subplots(rows, 3, squeeze=False)
-    for axis, (title, drawn) in zip(figure.axes, panels):
-        for i, curves in drawn:
-            _draw_series(axis, curves, *style_of(i))
-        _dress_steps(axis, groups, title)
-    for axis in figure.axes[len(panels) :]:
-        axis.remove()
-    for axis in figure.axes[-3:]:
+    figure = Figure(figsize=(WIDTH, 2.15 * len(rows) + 0.5), layout="constrained")
+    grid = figure.subplots(len(rows), 3, squeeze=False)
+    for axes, row in zip(grid, rows):
+        for axis, (title, curves) in zip(axes, row):
+            for i, own in enumerate(curves):
+                _draw_series(axis, own, *style_of(i))
+            if any(curves):
+                _dress_steps(axis, groups, title)
+            else:
+                axis.remove()
+    for axis in grid[-1]:
         axis.set_xlabel("iteration")
     legend(figure, [group.label for group in groups])
     return finish(figure, [], f"Training logs of {', '.join(group.label for group in groups)}, a panel a quantity.")

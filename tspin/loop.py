@@ -87,7 +87,7 @@ class SelfPlay:
             for t in range(self.config.iterations):
                 self._iterate(t)
             if self.is_main and report:
-                write_report(self.directory)
+                self._report()
             wait_for_everyone()
             final = self._at(self.config.iterations - 1) / "model"
             evaluations = [storage.read_json(self._at(t) / "eval.json") for t in range(self.config.iterations)]
@@ -123,6 +123,13 @@ class SelfPlay:
         self._stage(f"{here.name}/eval", lambda: self._evaluate(t + 1, here / "eval.json"), is_evaluated)
         if self.is_main and not is_evaluated:
             Console().print(iteration_table(self.directory))
+
+    def _report(self) -> None:
+        try:
+            write_report(self.directory)
+        except Exception:
+            # A picture is no reason to lose the result of a finished run.
+            logger.exception("the run is finished, but not its report; `tspin report %s` writes it", self.directory)
 
     def _at(self, t: int) -> Path:
         return self.directory / f"iter_{t:02d}"

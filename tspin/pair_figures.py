@@ -4,7 +4,6 @@ and mean log-likelihoods under the policy of each iteration, its Figure 7.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,9 +40,7 @@ def rewards(groups: Sequence[Group]) -> Picture | None:
                 shares = _draw_margins(lower[column], tables[t])
                 alts.append(f"{group.label}, iteration {t}: {', '.join(shares)} misaligned")
             prefix = f"{group.label}, " if len(groups) > 1 else ""
-            upper[column].set(
-                title=textwrap.fill(f"{prefix}iteration {t}", 200 // columns), xlabel="log-likelihood, nats"
-            )
+            upper[column].set(title=f"{prefix}iteration {t}", xlabel="log-likelihood, nats")
             lower[column].set(xlabel="r(y) less r(y')")
         upper[0].set_ylabel("reward")
         lower[0].set_ylabel("logp(y) less logp(y')")
@@ -138,7 +135,7 @@ def likelihoods(groups: Sequence[Group]) -> Picture | None:
             )
             texts.append(end_label(axis, means[-1], label, colour))
             alts.append(f"{group.label}, {label}: from {means[0]:.2f} to {means[-1]:.2f}")
-        axis.set(title=textwrap.fill(group.label, 40) if len(groups) > 1 else "", xlabel="policy after iteration")
+        axis.set(title=group.label if len(groups) > 1 else "", xlabel="policy after iteration")
         axis.yaxis.set_tick_params(labelleft=True)
         iteration_ticks(axis, [t for *_, points in curves for t, _ in points])
         labels.append((axis, texts))

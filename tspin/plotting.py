@@ -20,7 +20,7 @@ ROLES = (("chosen", "real y", BLUE), ("rejected", "synthetic y'", VERMILION), ("
 _GROUPS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY, BLACK)
 _STYLES = ("-", "--", ":")
 WIDTH = 11.6  # inches, of 100 pixels on the page
-LOOK = {
+LOOK: dict[Any, Any] = {
     "font.size": 9.5,
     "text.parse_math": False,  # a label may hold a regular expression
     "axes.titlesize": 10,
@@ -81,19 +81,25 @@ def _spread_labels(axis: Axes, texts: list[Any]) -> None:
     to_pixels, gap = axis.transData, 1.25 * 9 * axis.figure.dpi / 72
     bottom, top = axis.bbox.y0, axis.bbox.y1
     wanted = [min(max(to_pixels.transform((0, text.get_position()[1]))[1], bottom), top) for text in texts]
-    # Up from the lowest, then down from the top of the panel where the last ones were pushed beyond it.
+    # Up from the lowest, then down from the highest, which stays where its line ends if there is room below it.
     placed: list[float] = []
     for y in wanted:
         placed.append(max(y, placed[-1] + gap) if placed else y)
+    limit = max(wanted[-1], min(top, bottom + gap * (len(wanted) - 1)))
     for i in reversed(range(len(placed))):
-        limit = placed[i + 1] - gap if i + 1 < len(placed) else top
         placed[i] = min(placed[i], limit)
+        limit = placed[i] - gap
     for text, y in zip(texts, placed):
         text.set_y(to_pixels.inverted().transform((0, y))[1])
 
 
 def style_of(index: int) -> tuple[str, str]:
     return _GROUPS[index % len(_GROUPS)], _STYLES[index // len(_GROUPS) % len(_STYLES)]
+
+
+def short_names(labels: Sequence[str], longest: int = 28) -> list[str]:
+    """The labels, those cut that a picture has no room for; a cut one begins with its place in the list."""
+    return [label if len(label) <= longest else f"{i}: {label[: longest - 5]}…" for i, label in enumerate(labels, 1)]
 
 
 def iteration_ticks(axis: Axes, iterations: Iterable[int], offset: float = 0.0) -> None:

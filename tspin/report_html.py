@@ -51,10 +51,13 @@ def render(groups: Sequence[Group], pictures: Mapping[str, Picture]) -> str:
         pictures=pictures,
         title=_title(groups),
         lead=_lead(groups),
+        has_seeds=any(len(group.runs) > 1 for group in groups),
         scores=_scores(groups),
         spread_note=_spread_note(groups),
         differences=[
-            (title, cells) for key, title, _ in scores_of(groups) if (cells := difference_cells(groups, key)).rows
+            (_sentence(title), cells)
+            for key, title, _ in scores_of(groups)
+            if (cells := difference_cells(groups, key)).rows
         ],
         without_reference=_without_reference(groups),
         pair_shares=_pair_shares(groups),
@@ -70,6 +73,10 @@ def render(groups: Sequence[Group], pictures: Mapping[str, Picture]) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text) - _LONGEST} more characters)"
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _path(run: Run) -> str:
@@ -108,7 +115,7 @@ def _lead(groups: Sequence[Group]) -> list[str]:
         if len(known) > 1:
             names = [iteration_name(row["iteration"]) for row in (known[0], known[-1])]
             ends = f"{known[0][key]:{spec}} ({names[0]}) to {known[-1][key]:{spec}} (iteration {names[1]})"
-            lines.append(f"{title[0].upper()}{title[1:]}: {ends}.")
+            lines.append(f"{_sentence(title)}: {ends}.")
     return lines
 
 
@@ -128,7 +135,7 @@ def _progress(run: Run) -> str:
 def _scores(groups: Sequence[Group]) -> list[tuple[str, Cells]]:
     if _is_single(groups):
         return [("", iteration_cells(groups[0].runs[0].rows))]
-    return [(title[0].upper() + title[1:], comparison_cells(groups, key)) for key, title, _ in scores_of(groups)]
+    return [(_sentence(title), comparison_cells(groups, key)) for key, title, _ in scores_of(groups)]
 
 
 def _spread_note(groups: Sequence[Group]) -> str:
@@ -239,7 +246,7 @@ def _config(groups: Sequence[Group]) -> dict[str, list[tuple[str, str]]]:
 def _runs(groups: Sequence[Group]) -> Cells:
     headers = [
         "run",
-        "method",
+        "group",
         "seed",
         "iterations",
         "device",
@@ -270,10 +277,10 @@ def _runs(groups: Sequence[Group]) -> Cells:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 100:
+    if seconds < 60:
         return f"{seconds:.1f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+    hours, minutes = divmod(round(seconds) // 60, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {round(seconds) % 60:02d} s"
 
 
 def _stages(runs: Sequence[Run]) -> Cells | None:
@@ -281,10 +288,10 @@ def _stages(runs: Sequence[Run]) -> Cells | None:
     rows: dict[str, dict[str, float]] = {}
     for run in runs:
         for entry in run.timings:
-            iteration, _, stage = entry["stage"].rpartition("/")
+            iteration, _, stage = str(entry["stage"]).rpartition("/")
             own = f"iteration {int(iteration[5:])}" if iteration else "initial"
             row = rows.setdefault(own if len(runs) == 1 else _path(run), {})
-            kind = _KINDS.get(stage or entry["stage"], stage)
+            kind = _KINDS.get(stage) or stage
             row[kind] = row.get(kind, 0.0) + entry["seconds"]
             row["all"] = row.get("all", 0.0) + entry["seconds"]
             row["broken off"] = row.get("broken off", 0) + (not entry["finished"])

@@ -13,7 +13,6 @@ from tspin.evaluate import (
     evaluate,
     exact_match,
     extract_answer,
-    fresh_pairs,
     generate_answers,
     read_references,
     score_pairs,
@@ -76,21 +75,6 @@ def test_log_probs_are_those_of_the_logits():
         wanted = plain_logprob(model, row.prompt_ids, samples[row.row].token_ids)
         assert synthetic[i] == pytest.approx(wanted, abs=1e-4)
     assert score_pairs(model, rows, pad_token_id=0)[1] == []
-
-
-def test_fresh_pairs_compare_the_policy_with_its_own_samples():
-    model, rows = toy_model(), held_out()
-    greedy = sample_responses(model, toy_tokenizer(), rows, seed=1, max_new_tokens=3, temperature=0.0)
-    samples = {e.row: g for e, g in zip(rows, greedy)}
-    rows[0] = dataclasses.replace(rows[0], response_ids=samples[rows[0].row].token_ids)
-    real, synthetic = score_pairs(model, rows, samples, pad_token_id=0)
-    share = sum(r < s for r, s in zip(real[1:], synthetic[1:])) / 6
-    assert share > 0
-    assert fresh_pairs(model, rows, samples, pad_token_id=0) == {
-        "fresh_share": share,
-        "fresh_identical": 1 / 6,
-        "fresh_rows": 6,
-    }
 
 
 @pytest.mark.parametrize("sampled", [True, False])

@@ -202,6 +202,53 @@ def test_a_resumed_training_drops_the_log_lines_after_its_checkpoint(tmp_path):
     assert metrics.read_text() == '{"step": 2}\n{"step": 4}\n'
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_pairs_and_timings_tell_of_every_iteration(finished, method):
+    from tspin.pairs import fresh_summary
+
+    result = finished(method)
+    for t, evaluation in enumerate(result.evaluations):
+        table = pq.read_table(result.output_dir / f"iter_0{t}" / "pairs.parquet")
+        assert fresh_summary(table).items() <= evaluation.items()
+        pairs = table.to_pylist()
+        assert [p["set"] for p in pairs] == ["trained"] * 24 + ["fresh"] * 24
+        # Scored in another batch, with other padding, y of a row is as likely beside y' as beside a fresh one.
+        likelihoods = {}
+        for pair in pairs:
+            likelihoods.setdefault(pair["row"], []).append(pair["logps/chosen"])
+        assert all(one == pytest.approx(other, abs=1e-4) for one, other in likelihoods.values())
+        assert (pairs[0]["logps/proto"] is None) == (method == "sft")
+        if t == 0 and method != "sft":
+            assert all(p["logps/proto"] == pytest.approx(p["logps/rejected"], abs=1e-4) for p in pairs[:24])
+    stages = [json.loads(line)["stage"] for line in (result.output_dir / "timings.jsonl").read_text().splitlines()]
+    assert sorted(stages) == sorted(storage.read_json(result.output_dir / "state.json")["done"])
+
+
+def test_a_tracker_is_told_the_names_and_numbers_of_the_log(toy, tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    SelfPlay(toy_config(toy, tmp_path / "run", report_to="tensorboard")).run()
+    for t in range(2):
+        here = tmp_path / "run" / f"iter_0{t}"
+        wanted: dict = {}
+        for entry in map(json.loads, (here / "metrics.jsonl").read_text().splitlines()):
+            step = entry.pop("step")
+            for name, value in entry.items():
+                wanted.setdefault(f"train/{name}", []).append((step, pytest.approx(value, rel=1e-6)))
+        (events,) = (here / "checkpoints" / "runs").iterdir()
+        told = EventAccumulator(str(events)).Reload()
+        assert {"train/logps/chosen", "train/weights/current"} <= wanted.keys() == set(told.Tags()["scalars"])
+        for name, values in wanted.items():
+            assert [(scalar.step, scalar.value) for scalar in told.Scalars(name)] == values, name
+
+
+def test_a_report_that_fails_does_not_take_the_run_with_it(toy, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(loop, "write_report", lambda directory: 1 / 0)
+    result = SelfPlay(toy_config(toy, tmp_path / "run", iterations=1)).run()
+    assert result.model_dir.exists() and f"`tspin report {tmp_path / 'run'}` writes it" in caplog.text
+
+
 def test_a_second_run_does_nothing(finished, toy, monkeypatch):
     result = finished("tspin")
     before = {p: p.stat().st_mtime_ns for p in result.output_dir.rglob("*.parquet")}

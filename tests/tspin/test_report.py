@@ -1,67 +1,396 @@
-"""The table and the picture come from the files of a run, finished or not."""
+"""The page, its pictures and its tables come from the files of runs, finished or not, and hold nothing that they do not."""
 
+import base64
 import io
+import itertools
 import json
+import math
+from html.parser import HTMLParser
 
+import pyarrow as pa
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
-from tspin.report import iteration_table, read_iterations, write_report
+from tspin import cli, figures, plotting, storage
+from tspin.report import (
+    comparison_markdown,
+    comparison_table,
+    iteration_table,
+    read_iterations,
+    write_report,
+)
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
-def _write_run(directory, iterations):
-    directory.mkdir()
-    (directory / "config.yaml").write_text("method: tspin\n")
-    (directory / "eval_initial.json").write_text(json.dumps({"iteration": -1, "exact_match": 0.125}))
-    for t in range(iterations):
+@pytest.fixture(autouse=True)
+def _small_pictures(monkeypatch):
+    monkeypatch.setitem(plotting.LOOK, "savefig.dpi", 30)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """The page without the time that its pictures take."""
+    monkeypatch.setattr(figures, "draw", lambda groups: {})
+
+
+def shard(directory, texts, finish="stop"):
+    columns = {"row": list(range(len(texts))), "token_ids": [[1]] * len(texts), "finish_reason": [finish] * len(texts)}
+    request = {"rows": len(texts), "shard_size": 8}
+    storage.write_shard(directory, 0, pa.table(columns | {"text": texts}), request)
+
+
+def pairs_of(t, rows=4, method="tspin"):
+    """Rows 1 and up; in row 0, y' is y. The fresh pair of row 1 is the one out of order."""
+    made = []
+    for name in ("trained", "fresh"):
+        for row in range(rows):
+            real, synthetic = (
+                -1.0 - row,
+                (-1.0 if row == 0 else -0.5 if name == "fresh" and row == 1 else -3.0 - row - t),
+            )
+            made.append(
+                {"set": name, "row": row, "identical": row == 0, "logps/chosen": real, "logps/rejected": synthetic}
+                | {"logps/proto": -5.0 - t if name == "trained" else None}
+                | {
+                    "rewards/chosen": None if method == "sft" else real,
+                    "rewards/rejected": None if method == "sft" else synthetic,
+                }
+            )
+    schema = [("set", pa.string()), ("row", pa.int64()), ("identical", pa.bool_())]
+    schema += [(name, pa.float64()) for name in list(made[0])[3:]]
+    return pa.Table.from_pylist(made, schema=pa.schema(schema))
+
+
+def log_of(t, steps=3):
+    entries = []
+    for step in range(1, steps + 1):
+        entry = {
+            "step": step,
+            "epoch": step / steps,
+            "loss": 0.5 + step,
+            "logps/chosen": -2.0 - step,
+            "logps/rejected": -4.0,
+        }
+        entry |= {"rewards/margins": step / 2, "weights/current": 0.25, "entropy/chosen": 0.5, "lengths/chosen": 3.0}
+        entries.append(entry | ({"logps/proto": -5.0, "rewards/history_margins": 1.0} if t else {}))
+    return entries
+
+
+def writers(directory, *, prompt="1+1=", answer="#2", sampled="#3", **config):
+    """What the loop writes, in its order, as functions to be called."""
+    values = {
+        "method": "tspin",
+        "iterations": 2,
+        "seed": 0,
+        "answer_pattern": r"#(\d)",
+        "num_train_epochs": 1.0,
+        **config,
+    }
+    done = {}
+
+    def stage(name, path):
+        done[name] = {"path": str(path.relative_to(directory)), "sha256": f"hash of {name}"}
+        storage.write_json(directory / "state.json", {"done": done})
+        with open(directory / "timings.jsonl", "a") as file:
+            file.write(json.dumps({"stage": name, "seconds": 2.0, "finished": True, "host_peak_gib": 1.5}) + "\n")
+
+    def staged(name, path, write):
+        return [lambda: write(path), lambda: stage(name, path)]
+
+    def triplets(path):
+        storage.write_parquet(path, pa.table({"row": range(4), "prompt": [prompt] * 4, "chosen": [answer] * 4}))
+
+    def scores(t):
+        return {"iteration": t, "exact_match": 0.125 * (t + 2) + 0.01 * values["seed"], "rows": 40} | (
+            {"fresh_share": 0.25, "fresh_rows": 4} if t >= 0 else {}
+        )
+
+    record = {"processes": 1, "device": "cpu", "versions": {"tspin": "0.1.0"}, "data": {"rows": 4, "sha256": "d" * 64}}
+    steps = [
+        lambda: storage.write_atomic(directory / "config.yaml", json.dumps(values).encode()),
+        lambda: storage.write_json(directory / "run.json", record),
+        *staged("eval_initial", directory / "eval_initial.json", lambda path: storage.write_json(path, scores(-1))),
+    ]
+    for t in range(values["iterations"]):
         here = directory / f"iter_{t:02d}"
-        here.mkdir()
-        log = [{"step": s, "loss": 0.5 + s, "logps/chosen": -2.0 - s, "logps/rejected": -4.0} for s in (1, 2)]
-        (here / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in [*log, {"train_runtime": 3}]))
-        (here / "eval.json").write_text(json.dumps({"iteration": t, "exact_match": 0.5, "fresh_share": 0.25}))
+        lines = storage.json_lines(log_of(t))
+        steps += staged(f"{here.name}/synthetic", here / "synthetic", lambda path: shard(path, [sampled] * 4))
+        steps += staged(f"{here.name}/triplets", here / "triplets.parquet", triplets)
+        # The log of a training under way ends in the middle of a line.
+        steps.append(lambda here=here, lines=lines: storage.write_atomic(here / "metrics.jsonl", lines[:-20]))
+        steps += staged(
+            f"{here.name}/train",
+            here / "metrics.jsonl",
+            lambda path, lines=lines: storage.write_atomic(path, lines + b'{"train_runtime": 3}\n'),
+        )
+        table = pairs_of(t, method=values["method"])
+        steps += staged(
+            f"{here.name}/pairs", here / "pairs.parquet", lambda path, t=table: storage.write_parquet(path, t)
+        )
+        steps += staged(f"{here.name}/eval", here / "eval.json", lambda path, t=t: storage.write_json(path, scores(t)))
+    return steps
+
+
+def make_run(directory, **options):
+    for write in writers(directory, **options):
+        write()
     return directory
 
 
-def _text(table):
-    console = Console(width=80, record=True, file=io.StringIO())
+class Page(HTMLParser):
+    """Elements with their attributes and texts; fails where tags do not balance."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.elements, self.texts, self.rows = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        assert not self.open or self.open[-1] != "script"
+        self.texts.append(data)
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+
+    def row(self, *start):
+        found = [row for row in self.rows if [cell.strip() for cell in row[: len(start)]] == list(start)]
+        assert found, (start, self.rows)
+        return [cell.strip() for cell in found[0]]
+
+
+def page_of(*args):
+    path = write_report(*args)
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def text_of(table, width=80):
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(table)
     return console.export_text()
 
 
 def test_rows_join_evaluation_and_the_mean_of_the_training_log(tmp_path):
-    first, second = read_iterations(_write_run(tmp_path / "run", 1))
+    first, second, _ = read_iterations(make_run(tmp_path / "run"))
     assert first["iteration"] == -1 and first["exact_match"] == 0.125 and first["log"] == []
-    assert second["logps/chosen"] == -3.5 and second["loss"] == 2.0 and len(second["log"]) == 2
+    assert second["logps/chosen"] == -4.0 and second["loss"] == 2.5 and len(second["log"]) == 3
     assert "train_runtime" not in second
 
 
 def test_table_has_a_row_an_iteration_and_only_columns_that_hold_something(tmp_path):
-    text = _text(iteration_table(_write_run(tmp_path / "run", 2)))
-    assert [line.split()[0] for line in text.splitlines() if line.split()[1:2] in (["0.125"], ["0.500"])] == [
-        "initial",
-        "0",
-        "1",
-    ]
+    text = text_of(iteration_table(make_run(tmp_path / "run", iterations=1)))
+    assert [line.split()[:2] for line in text.splitlines() if "0." in line] == [["initial", "0.125"], ["0", "0.250"]]
     assert "exact" in text and "proto" not in text
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_an_unfinished_iteration_shows_what_is_there(tmp_path):
-    run = _write_run(tmp_path / "run", 2)
-    (run / "iter_01" / "eval.json").unlink()
-    last = read_iterations(run)[-1]
-    assert "exact_match" not in last and last["loss"] == 2.0
-    (run / "iter_01" / "metrics.jsonl").unlink()
-    assert [row["iteration"] for row in read_iterations(run)] == [-1, 0]
+def test_a_line_of_the_log_that_is_being_written_does_not_count_and_a_damaged_one_is_named(tmp_path, undrawn):
+    run = make_run(tmp_path / "run", iterations=1)
+    metrics = run / "iter_00" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([*lines[:2], lines[2][:-5]]))
+    assert len(read_iterations(run)[1]["log"]) == 2
+    metrics.write_text("\n".join([lines[0][:-5], *lines[1:]]))
+    with pytest.raises(ValueError, match=r"metrics.jsonl: want JSON in line 1, got .*restore the file"):
+        write_report(run)
 
 
-def test_the_report_holds_a_picture_and_the_table(tmp_path):
-    folder = write_report(_write_run(tmp_path / "run", 2))
-    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
-    header, rule, *rows = (folder / "table.md").read_text().splitlines()
+def test_a_report_can_be_made_after_every_file_that_the_loop_writes(tmp_path, monkeypatch):
+    run, known, draw = tmp_path / "run", 0, figures.draw
+    steps = writers(run, iterations=1)
+    # How many pictures there are once this many files are written; they are drawn only there.
+    pictures = {1: 0, 3: 1, 9: 2, 12: 4, len(steps): 4}
+    for count, write in enumerate(steps, 1):
+        write()
+        monkeypatch.setattr(figures, "draw", draw if count in pictures else lambda groups: {})
+        page = page_of(run)
+        assert any(text.startswith("Unfinished") for text in page.texts) == (count < len(steps))
+        # What is written once stays in the page.
+        shown = sum(
+            any(part in text for text in page.texts) for part in ("0.1.0", "0.125", "π0", "#3", "-4.0", "0.333")
+        )
+        assert shown >= known
+        known = shown
+        assert count not in pictures or sum(tag == "img" for tag, _ in page.elements) == pictures[count]
+    assert known == 6
+
+
+def test_the_page_needs_nothing_but_itself_and_its_pictures_are_the_pngs(tmp_path):
+    run = make_run(tmp_path / "run")
+    page = page_of(run, tmp_path / "there")
+    held = {path.name for path in (tmp_path / "there").iterdir()}
+    assert held == {"report.html", "table.md", "scores.png", "dynamics.png", "rewards.png", "likelihoods.png"}
+    text = (tmp_path / "there" / "report.html").read_text()
+    links = [value for _, attributes in page.elements for name, value in attributes.items() if name in ("src", "href")]
+    assert all(value.startswith(("data:image/png;base64,", "#")) for value in links)
+    targets = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+    assert {value[1:] for value in links if value.startswith("#")} <= targets
+    for word in ("http:", "https:", "//", "url(", "@import", "<script", "<link"):
+        assert word not in "".join(part for part in text.split('"') if not part.startswith("data:image")), word
+    images = [attributes for tag, attributes in page.elements if tag == "img"]
+    embedded = {base64.b64decode(attributes["src"].partition(",")[2]) for attributes in images}
+    assert embedded == {path.read_bytes() for path in (tmp_path / "there").glob("*.png")}
+    assert all(len(attributes["alt"]) > 40 for attributes in images)
+
+
+def test_the_same_files_give_the_same_bytes(tmp_path):
+    run = make_run(tmp_path / "run")
+    for folder in ("one", "two"):
+        write_report(run, tmp_path / folder)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> {{ 7*7 }} &amp; \ud800"
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_comes_from_data_is_shown_and_not_obeyed(tmp_path, several):
+    evil = EVIL.replace("\ud800", "")
+    options = {"prompt": evil, "answer": evil + "#2", "sampled": evil + "#4", "prompt_template": evil, "iterations": 1}
+    runs = [make_run(tmp_path / "run<b>", **options)]
+    if several:
+        runs.append(make_run(tmp_path / "other", **options, dataset=evil))
+    page = page_of(runs, tmp_path / "out")
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"script", "b", "iframe"}
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    assert len([tag for tag, _ in page.elements if tag == "img"]) == 4
+    assert sum(text == evil for text in page.texts) >= 2 and evil + "#4" in page.texts
+    assert (tmp_path / "out" / "table.md").read_text().count("\n") < 20
+
+
+def test_half_a_character_in_a_response_does_not_stop_the_page(tmp_path, undrawn):
+    run = make_run(tmp_path / "run", iterations=1)
+    (run / "config.yaml").write_text(json.dumps({"method": "tspin", "iterations": 1, "dataset": EVIL}))
+    assert "\\ud800" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_the_numbers_of_the_page_are_those_of_the_files(tmp_path, undrawn):
+    run = make_run(tmp_path / "run")
+    page = page_of(run)
+    header, rule, *rows = (run / "report" / "table.md").read_text().splitlines()
     assert len(rows) == 3 and header.count("|") == rule.count("|") == rows[0].count("|")
+    for t, name in ((-1, "initial"), (0, "0"), (1, "1")):
+        path = run / ("eval_initial.json" if t < 0 else f"iter_{t:02d}/eval.json")
+        row = page.row(name)
+        assert row[1] == f"{storage.read_json(path)['exact_match']:.3f}"
+        assert [cell.strip() for cell in rows[t + 1].strip("|").split("|")] == row
+        if t >= 0:
+            assert row[page.row("iteration").index("logp real")] == "-4.0"
+            # One of three pairs with y' other than y is out of order; for a reward that is the log-prob none is misaligned.
+            assert page.row("tspin", str(t))[2:] == ["1.000", "0.000", "0.000", "0.333"]
+            assert page.row(f"iteration {t}")[1:] == ["2.0 s", "2.0 s", "2.0 s", "2.0 s", "2.0 s", "10.0 s", "1.50"]
+    assert page.row("iter_01/eval") == ["iter_01/eval", "hash of iter_01/eval"]
+    assert page.row("data, sha256")[1] == "d" * 64 and page.row("version of tspin")[1] == "0.1.0"
 
 
-def test_a_directory_without_a_run_is_refused(tmp_path):
+def test_samples_stand_side_by_side_and_are_judged(tmp_path, undrawn):
+    run = make_run(tmp_path / "run", sampled="so #2")
+    shard(run / "iter_01" / "synthetic", ["#2", "#7", "#2", "#2"], finish="length")
+    shard(run / "proto", ["a #2", "b #9", "c", "d"])
+    page = page_of(run)
+    assert page.row("", "y0, proto") == ["", "y0, proto", "y' from π0", "y' from π1"]
+    cells = [[" ".join(cell.split()) for cell in row] for row in page.rows if row[0].strip() == "response"]
+    assert cells[0] == ["response", "a #2 stop, right", "so #2 stop, right", "#2 length, wrong"]
+    assert cells[1][1] == "b #9 stop, wrong"
+
+
+def test_a_torn_shard_of_samples_is_left_out(tmp_path):
+    run = make_run(tmp_path / "run", iterations=1)
+    (path,) = (run / "iter_00" / "synthetic").iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    (run / "iter_00" / "pairs.parquet").write_bytes(b"PAR1")
+    page = page_of(run)
+    assert "No pairs with rewards are scored yet." in page.texts
+
+
+def test_numbers_that_are_not_finite_stop_no_picture(tmp_path):
+    run = make_run(tmp_path / "run", iterations=1)
+    entries = [entry | {"loss": math.nan, "rewards/margins": math.inf} for entry in log_of(0)]
+    (run / "iter_00" / "metrics.jsonl").write_bytes(storage.json_lines(entries))
+    table = pairs_of(0).to_pylist()
+    table[1]["logps/chosen"] = table[2]["rewards/rejected"] = -math.inf
+    storage.write_parquet(run / "iter_00" / "pairs.parquet", pa.Table.from_pylist(table, schema=pairs_of(0).schema))
+    assert sum(tag == "img" for tag, _ in page_of(run).elements) == 4
+
+
+def test_several_runs_are_compared_by_method_with_spread_over_seeds(tmp_path):
+    runs = [
+        make_run(tmp_path / f"{method}-{seed}", method=method, seed=seed)
+        for method in ("tspin", "spin", "sft")
+        for seed in (0, 1, 2)
+    ]
+    # SPIN is better by 0.1, 0.2 and 0.3 at the last iteration.
+    for seed in range(3):
+        path = tmp_path / f"spin-{seed}" / "iter_01" / "eval.json"
+        scores = storage.read_json(path)
+        storage.write_json(path, scores | {"exact_match": scores["exact_match"] + 0.1 * (seed + 1)})
+    (tmp_path / "sft-2" / "iter_01" / "eval.json").unlink()
+    page = page_of(runs, tmp_path / "out")
+    head, tspin, spin, sft = (
+        page.row(name, *rest) for name, *rest in (["run", "seeds"], ["tspin", "3"], ["spin", "3"], ["sft", "3"])
+    )
+    assert head[2:] == ["initial", "0", "1", "less tspin at 1 (95 % interval)"]
+    assert tspin[2:] == ["0.135 ± 0.010", "0.260 ± 0.010", "0.385 ± 0.010", ""]
+    half = 4.302653 * 0.1 / math.sqrt(3)
+    assert spin[-1] == f"+0.200 [{0.2 - half:+.3f}, {0.2 + half:+.3f}]"
+    assert sft[-2:] == ["0.380 ± 0.007 (2 of 3)", "+0.000 [+0.000, +0.000]"]
+    assert page.row("method") == ["method", "tspin", "spin", "sft"]
+    labels = [row[0] for row in page.rows if row[0].endswith(", seed 0")]
+    assert set(labels) == {"tspin, seed 0", "spin, seed 0", "sft, seed 0"}
+    text = text_of(comparison_table(runs), width=100)
+    assert "0.585" in text and "± 0.110" in text and f"[{0.2 - half:+.3f}" in text
+    assert comparison_markdown(runs) in (tmp_path / "out" / "table.md").read_text()
+    assert "| spin | 3 |" in comparison_markdown(runs)
+
+
+def test_the_command_writes_where_it_is_told(tmp_path, monkeypatch, capsys, undrawn):
+    run = make_run(tmp_path / "run", iterations=1)
+    other = make_run(tmp_path / "other", iterations=1, seed=1)
+    monkeypatch.chdir(tmp_path)
+    for words, path in (
+        ([str(run)], run / "report" / "report.html"),
+        ([str(run), str(other)], tmp_path / "tspin-report" / "report.html"),
+        ([str(run), "--output_dir", "here"], tmp_path / "here" / "report.html"),
+    ):
+        assert cli.main(["report", *words]) == 0 and path.exists()
+        assert path.parent.name in capsys.readouterr().out
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path, undrawn):
     with pytest.raises(ValueError, match=r"run: want a run directory, got .* no config.yaml"):
         write_report(tmp_path)
+    with pytest.raises(ValueError, match="runs: want at least one run directory, got none"):
+        write_report([])
+
+
+def test_labels_at_the_ends_of_lines_do_not_overlap():
+    figure = Figure(figsize=(6, 2), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1])
+    texts = [plotting.end_label(axis, y, f"line {y}", "#0072B2") for y in (0.5, 0.5, 0.51, 0.97, 0.98, 0.99, 1.0)]
+    plotting.finish(figure, [(axis, texts)], "")
+    boxes = sorted((text.get_window_extent() for text in texts), key=lambda box: box.y0)
+    assert all(below.y1 <= above.y0 + 0.5 for below, above in itertools.pairwise(boxes))
+    assert boxes[-1].y1 <= figure.bbox.y1 and boxes[-1].x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize("colour", [colour for *_, colour in plotting.ROLES] + list(plotting._GROUPS))
+def test_text_has_the_contrast_that_wcag_asks_for(colour):
+    red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in plotting.ink(colour))
+    assert 1.05 / (0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05) >= 4.5

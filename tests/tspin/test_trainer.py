@@ -243,7 +243,7 @@ def test_metrics_are_means_over_the_steps_triplets(tmp_path, method, reduction):
         "rewards/margins": mean(us),
         "rewards/accuracies": mean([float(us[i] > 0) for i in pairs]),
         "misaligned": mean([float(us[i] > 0 and reduced[i][0] < reduced[i][1]) for i in pairs]),
-        "saturated": mean([float(sigmoid(-u) < 0.01) for u in us]),
+        "saturated": mean([float(sigmoid(-us[i]) < 0.01) for i in pairs]),
         "weights/current": mean([sigmoid(-u) for u in us]),
         "truncated": 3 / 7,
         "identical": 1 / 7,
@@ -261,13 +261,14 @@ def test_metrics_are_means_over_the_steps_triplets(tmp_path, method, reduction):
 
 
 def test_misaligned_and_saturated_can_be_seen(tmp_path):
-    rows = triplets(6, references=True)
+    rows = triplets(7, identical=(2,), references=True)
     with torch.no_grad():
         logps, _ = logps_of(build(), rows, ("chosen", "rejected"))
-    for row, (chosen, rejected) in zip(rows, logps.tolist()):
-        row["ref_chosen_logps"], row["ref_rejected_logps"] = chosen - 100.0, rejected
-    _, logs, _ = train(tmp_path, rows, method="spin", per_device_train_batch_size=6)
-    share = (logps[:, 0] < logps[:, 1]).float().mean().item()
+    for i, (row, (chosen, rejected)) in enumerate(zip(rows, logps.tolist())):
+        row["ref_chosen_logps"], row["ref_rejected_logps"] = chosen - (100.0 if i != 2 else 0.0), rejected
+    _, logs, _ = train(tmp_path, rows, method="spin", per_device_train_batch_size=7)
+    # The pair of one response twice counts in none of the shares.
+    share = (logps[:, 0] < logps[:, 1]).sum().item() / 6
     assert 0 < share < 1 and logs[0]["misaligned"] == pytest.approx(share)
     assert logs[0]["saturated"] == 1 and logs[0]["rewards/accuracies"] == 1
 
