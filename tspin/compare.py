@@ -113,7 +113,11 @@ class Comparison:
             logger.info("arm %s, seed %d", name, seed)
             results.append(SharingSelfPlay(config, [result.output_dir for result in results]).run(report=False))
         if PartialState().is_main_process:
-            write_report(self.runs, self.directory / "report")
+            try:
+                write_report(self.runs, self.directory / "report")
+            except Exception:
+                # As in SelfPlay: a picture is no reason to lose the result.
+                logger.exception("the runs are finished, but not their report; `tspin report` on them writes it")
         wait_for_everyone()
         return results
 

@@ -63,12 +63,22 @@ class Study(NamedTuple):
 
 
 def at(t: int, key: str, part: str | None = None) -> Callable[[Row], float]:
-    """What a row has under `key` after iteration t; of its training log's `part`, mean or last, where that is given."""
-    return lambda row: (row["iterations"][t + 1] if part is None else row["iterations"][t + 1][part])[key]
+    """What a row has under `key` after iteration t; of its training log's `part`, mean or last, where that is given.
+
+    FRESH is of the pairs whose y' is not y; rows count it of all.
+    """
+
+    def value(row: Row) -> float:
+        entry = row["iterations"][t + 1]
+        if key == FRESH and part is None:
+            return entry[FRESH] / (1 - entry["fresh_identical"]) if entry["fresh_identical"] < 1 else 0.0
+        return (entry if part is None else entry[part])[key]
+
+    return value
 
 
 def last(key: str) -> Callable[[Row], float]:
-    return lambda row: final(row, key)
+    return lambda row: at(len(row["iterations"]) - 2, key)(row)
 
 
 def shown(estimate: Estimate | None, sign: bool = False) -> str:
@@ -126,8 +136,8 @@ def claim_b(study: Study, tspin: str = "tspin", spin: str = "spin") -> Verdict:
     why = (
         f"At the end of SPIN's iterations 1 and 2, rewards favour y in {' and '.join(map(shown, favoured))} of the pairs in "
         f"which y' is not y, and {' and '.join(map(shown, shares))} of those pairs are misaligned. T-SPIN's count is zero by "
-        "construction, as its reward is the log-likelihood, and is no evidence. The fair contrast is the share of freshly "
-        f"sampled pairs with logp(y) < logp(y') at the last iteration: {shown(theirs)} under SPIN, {shown(ours)} under "
+        "construction, as its reward is the log-likelihood, and is no evidence. The fair contrast is the share of freshly sampled "
+        f"pairs with logp(y) < logp(y') at the last iteration, y' = y left out: {shown(theirs)} under SPIN, {shown(ours)} under "
         f"T-SPIN, a difference of {shown(difference, True)}."
     )
     return Verdict(_all(study, (tspin, spin), [*((share, HALF) for share in shares), (difference, 0)]), why)

@@ -105,7 +105,7 @@ def _next_rates(rows: Rows, method: str) -> list[float]:
     if all(rate in scores for rate in wanted):
         best = RATES.index(max(scores, key=lambda rate: (sum(scores[rate]), -rate)))
         wanted += RATES[max(0, best - 1) : best + 2]
-    return wanted
+    return list(dict.fromkeys(wanted))
 
 
 def tuning(rows: Rows, methods: Sequence[str]) -> list[Arm]:

@@ -7,6 +7,7 @@ alike (tspin.compare). Kill it at any moment; the same command goes on, an arm i
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import multiprocessing
@@ -26,7 +27,7 @@ _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "n
 # Of an iteration's training log: the mean over its triplets, and the last entry.
 _LOGGED = (
     *("loss", "logps/chosen", "logps/rejected", "logps/proto", "rewards/margins", "rewards/accuracies"),
-    *("rewards/history_margins", "misaligned", "identical", "saturated", "weights/current", "weights/history"),
+    *("rewards/history_margins", "misaligned", "identical", "weights/current", "weights/history"),
     *("entropy/chosen", "entropy/rejected", "lengths/rejected", "truncated"),
 )
 _SCORES = ("exact_match", "exact_match_sampled", "logprob", "fresh_share", "fresh_identical", "truncated_greedy")
@@ -112,7 +113,17 @@ def make_pupil(directory: Path, seed: int) -> None:
 
 
 def run_directory(arm: Arm, directory: Path) -> Path:
-    return directory / "runs" / f"{arm.split}_{arm.seed}" / arm.lineage
+    """Where an arm runs; another version of the program goes on in no directory of this one, so that no row is of two."""
+    return directory / f"runs_{_program()[:8]}" / f"{arm.split}_{arm.seed}" / arm.lineage
+
+
+@functools.cache
+def _program() -> str:
+    import tspin
+    import tspin_kernels
+    from tspin.storage import hash_files, hash_json
+
+    return hash_json([hash_files(Path(package.__path__[0]), "*.py") for package in (tspin, tspin_kernels)])
 
 
 def run_arm(arm: Arm, directory: Path, commit: str) -> dict[str, Any]:
@@ -165,6 +176,9 @@ def _iterations(folder: Path) -> list[dict[str, Any]]:
 
     entries = []
     for row in read_iterations(folder):
+        if "fresh_identical" in row:
+            # Of all fresh pairs, those with y' = y included.
+            row["fresh_share"] = row.get("fresh_share", 0.0) * (1 - row["fresh_identical"])
         entry = {"iteration": row["iteration"], **_rounded(row, _SCORES)}
         if row["log"]:
             entry |= {"mean": _rounded(row, _LOGGED), "last": _rounded(row["log"][-1], _LOGGED)}

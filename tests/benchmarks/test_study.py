@@ -27,6 +27,7 @@ def made_row(arm: Arm, curve: list[float], **logged: float) -> dict:
             "exact_match": score,
             "exact_match_sampled": score / 2,
             "fresh_share": 0.2,
+            "fresh_identical": 0.5,
             "mean": LOGGED | logged,
         }
         for t, score in enumerate(curve)
@@ -124,6 +125,13 @@ def test_verdicts_follow_the_rules_of_the_page(name, curves, word):
     arms = {"a": ("tspin", "spin"), "b": ("spin",), "c": ("sft",), "d": ("tspin_no_history",)}[name]
     gone = next(iter(Study.of(rows).arms[arms[0]].values()))["id"]
     assert decide(Study.of({id: row for id, row in rows.items() if id != gone})).word == "is pending"
+
+
+def test_fresh_pairs_are_counted_without_those_whose_two_responses_are_one():
+    row = made_row(Arm({"method": "spin"}, 0), [0.3, 0.5])
+    assert claims.last(claims.FRESH)(row) == claims.at(0, claims.FRESH)(row) == 0.4
+    row["iterations"][-1] |= {"fresh_share": 0.0, "fresh_identical": 1.0}
+    assert claims.last(claims.FRESH)(row) == 0.0
 
 
 def test_noise_over_seeds_leaves_a_claim_unsettled():
