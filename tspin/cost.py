@@ -102,7 +102,7 @@ class Forward:
         pair = (flops[1] / long - flops[0] / short) / (long - short)
         token = flops[0] / short - pair * short
         # Lookups of the embedding cost nothing; a tied head is read as the head.
-        embedding = model.get_input_embeddings().weight
+        embedding: Any = model.get_input_embeddings().weight
         read = sum(p.numel() for p in model.parameters()) - (0 if embedding is head else embedding.numel())
         return cls(token, pair, 2.0 * head.numel(), read, kept // short, kernels.count)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_distributed_loop import Events
+from faults import Events
 from test_loop import make_toy, outcome, toy_config
 
 from tspin import storage
