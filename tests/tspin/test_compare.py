@@ -190,7 +190,7 @@ def harness(root: str, directory: str, fatal_copies: list[int]) -> None:
     for fatal in [*fatal_copies, None]:
         child = os.fork()
         if child == 0:
-            events = Events(fatal, Path(directory) / "events")
+            events = Events(fatal and ["copytree", fatal, "before"], Path(directory) / "events")
             events.watch(shutil, "copytree")
             Comparison(values_of(Path(root), Path(directory)), ARMS[:2], [0]).run()
             os._exit(0)
