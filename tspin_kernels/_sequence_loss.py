@@ -143,8 +143,9 @@ def linear_sequence_loss(
         rows = rows.reshape(-1)
         if rows.dtype != torch.int64 or rows.shape[0] != N:
             raise ValueError(f"rows: want {N} int64, one per target, got {list(rows.shape)} {rows.dtype}")
-        if N and rows.device.type == "cpu" and (int(rows.min()) < 0 or int(rows.max()) >= flat.shape[0]):
-            raise ValueError(f"rows: want indices in [0, {flat.shape[0]}), got {int(rows.min())} to {int(rows.max())}")
+        smallest, largest = torch.stack(rows.aminmax()).tolist() if N else (0, -1)
+        if smallest < 0 or largest >= flat.shape[0]:
+            raise ValueError(f"rows: want indices in [0, {flat.shape[0]}), got {smallest} to {largest}")
     num_groups = check_groups(ids, N, group_size, group_inputs, num_groups)
     if isinstance(normalizer, Tensor) and normalizer.requires_grad:
         raise ValueError("normalizer: want a constant, got a tensor that requires grad; detach it")

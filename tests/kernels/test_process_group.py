@@ -172,11 +172,32 @@ def filtered(rank):
     return found
 
 
+def travelled(rank):
+    """How many numbers each rank sends in each exchange of a forward and its backward."""
+    sizes, gather, reduce = [], dist.all_gather, dist.all_reduce
+
+    def gathered(parts, sent, group):
+        sizes.append(sent.numel())
+        return gather(parts, sent, group=group)
+
+    def reduced(values, group):
+        sizes.append(values.numel())
+        return reduce(values, group=group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather", gathered)
+        patch.setattr(dist, "all_reduce", reduced)
+        seen("tokens", "blocks", "torch", rank)
+        seen("groups", "groups", "torch", rank)
+    return sizes
+
+
 def main(directory):
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     results = {key: seen(*key, rank) for key in KEYS}
     results |= {"refusals": refusals(rank), "compiled": compiled(rank), "filtered": filtered(rank)}
+    results["travelled"] = travelled(rank)
     torch.save(results, f"{directory}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -269,6 +290,15 @@ def test_under_the_compiler(ranks):
 def test_ranks_that_disagree_all_raise(ranks, call, message):
     for rank in ranks:
         assert re.search(message, rank["refusals"][call]), rank["refusals"][call]
+
+
+def test_only_statistics_and_dhidden_travel(ranks):
+    """The widths and what ranks must agree on; four numbers a row; the gradient of the hidden rows. Nothing grows with V."""
+    rows = len(GROUPS["groups"][0].sequence_ids)
+    for rank in ranks:
+        sizes = rank["travelled"]
+        assert sum(sizes) == (4 + 4 * 11) + (1 + 8 * 11) + (8 + 4 * rows + 8 * rows), sizes
+        assert max(sizes) <= 8 * max(11, rows)
 
 
 def test_what_all_ranks_drop_together_is_within_the_tolerance(ranks):
