@@ -50,12 +50,12 @@ def _whole(parameter: Any) -> Tensor:
         return parameter.full_tensor()
     is_partitioned = hasattr(parameter, "ds_id")
     if parameter.requires_grad and (is_partitioned or hasattr(parameter, "_hp_mapping")):
-        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.utils import safe_get_full_fp32_param  # type: ignore
 
         return safe_get_full_fp32_param(parameter)
     if not is_partitioned:
         return parameter.detach()
-    import deepspeed
+    import deepspeed  # type: ignore
 
     with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().clone()
