@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: the kernels' correctness suite, then the benchmark, all results in one folder of at most 8 files.
 #   COMMIT=<what rows call the code> benchmarks/device.sh FOLDER SECONDS [arguments of the benchmark]
-# WHAT=training measures training steps and the longest context in place of the ops; TESTS=0 leaves the suite out. Peers come by PYTHONPATH. Exits with 1 where a test failed or ours could not be measured.
+# WHAT=training measures training steps and the longest context in place of the ops; TESTS=0 leaves the suite out. Exits with 1 where a
+# test failed or ours could not be measured. Peers come by PYTHONPATH; for training, of TRL and what it imports:
+#   pip install --no-deps --target .peers trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19
+# A third of the time is for steps, the rest for the searches: 24 GiB first, whole GPU after; what has no time left is a lower bound.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "$1")
