@@ -4,6 +4,9 @@
 #   COMMIT=<what rows call the code> PEERS=<folder> benchmarks/device.sh FOLDER SECONDS [arguments of the benchmark]
 # WHAT=training measures training steps and the longest context in place of the ops. TESTS names other tests, 0 leaves them out;
 # they run in WORKERS processes. PEERS holds the peers' packages unpacked, as pack_peers.sh packs them.
+# For training they are TRL and what it imports, and a plain folder will do:
+#   pip install --no-deps --target .peers trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19
+# A third of its time is for steps, the rest for the searches: 24 GiB first, the whole GPU after; what has no time left is a lower bound.
 # Exits with 1 where a test failed or ours could not be measured.
 set -uo pipefail
 cd "$(dirname "$0")/.."

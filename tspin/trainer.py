@@ -243,6 +243,11 @@ class TSPINTrainer(Trainer):
         model = load_model(model) if isinstance(model, str) else model
         if peft_config is not None:
             model = add_adapter(model, peft_config, seed=args.seed)
+        if any(hasattr(p, "ds_id") for p in model.parameters()):
+            raise ValueError(
+                "model: want whole weights, got one that DeepSpeed has divided already; give its name or directory, or load it "
+                "before the TSPINConfig"
+            )
         install_scoring(model)
         train_dataset, eval_dataset = (
             _with_ids(dataset, args, self.members, processing_class, vocabulary_size(causal_lm(model)))

@@ -4,14 +4,13 @@ Run as a program, this file is one of the two processes: it trains every scenari
 """
 
 import os
-import socket
-import subprocess
 import sys
 
 import pytest
 import torch
 from accelerate import PartialState
 from peft import LoraConfig
+from processes import run_two
 from test_trainer import BARE, QUIET, assert_close, build, parameters, train, triplets
 
 from tspin.trainer import NonFiniteLossError, TSPINConfig, TSPINTrainer
@@ -97,23 +96,7 @@ def mismatch_on_one_rank(directory, rank):
 def two_processes(tmp_path_factory):
     """What ranks 0 and 1 saw, started with the environment that accelerate launch gives its processes."""
     directory = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    children = []
-    for rank in range(2):
-        environment = {**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with open(directory / f"{rank}.log", "w") as log:
-            command = [sys.executable, __file__, str(directory)]
-            children.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
-        codes = [child.wait(timeout=500) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert codes == [0, 0], "\n".join((directory / f"{rank}.log").read_text()[-3000:] for rank in range(2))
+    run_two(__file__, directory, ACCELERATE_USE_CPU="true")
     return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -71,7 +71,8 @@ def test_states_of_8_bits_are_trained_with_and_priced(tmp_path, name):
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=256))
     row = {"prompt_ids": [3], "chosen_ids": [4, 5], "rejected_ids": [6]}
-    args = args_of(tmp_path, optim=name, max_steps=1, save_strategy="no", disable_tqdm=True, learning_rate=1e-3)
+    options = {"max_steps": 1, "warmup_steps": 0, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-3}
+    args = args_of(tmp_path, optim=name, **options)
     trainer = TSPINTrainer(model, args, [row])
     before = model.lm_head.weight.detach().clone()
     trainer.train()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from test_trainer import METHODS, V, build, parameters, train, triplets
-from transformers import DogeConfig, DogeForCausalLM
+from transformers import DogeConfig, DogeForCausalLM, modeling_utils
 
 from tspin.data import TripletCollator
 from tspin.loading import add_adapter
@@ -24,7 +24,6 @@ CASES = {method: {"method": method} for method in METHODS} | {
     "adam": {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1},
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "not reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-    "offloaded": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"offload": True}},
 }
 
 
@@ -62,6 +61,21 @@ def test_training_is_that_of_separate_rows_however_unequal_they_are(tmp_path):
     rows[1] |= {"prompt_ids": [7], "chosen_ids": [8], "rejected_ids": [3], "proto_ids": [4]}
     options = {"per_device_train_batch_size": 4, "alpha": 0.01}
     same_training(run(tmp_path, options, "on", rows), run(tmp_path, options, "off", rows))
+
+
+def test_training_with_activations_in_host_memory_is_that_without(tmp_path, monkeypatch):
+    saved, save_on_cpu = [], modeling_utils.save_on_cpu
+
+    def unpinned(pin_memory, **options):
+        saved.append(pin_memory)
+        return save_on_cpu(pin_memory=False, **options)
+
+    # A CPU has no pinned memory.
+    monkeypatch.setattr(modeling_utils, "save_on_cpu", unpinned)
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"offload": True}}
+    offloaded = run(tmp_path, options, "on")
+    assert saved
+    same_training(offloaded, run(tmp_path, {}, "on"))
 
 
 def test_under_autocast_they_differ_by_its_rounding(tmp_path):

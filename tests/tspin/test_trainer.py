@@ -103,6 +103,13 @@ WRONG = {"method": "dpo", "loss_type": "hinge", "logp_reduction": "max", "fused"
 WRONG |= {"prefix_sharing": "maybe", "sequential_backward": "maybe", "lam": math.nan, "max_length": 0, "sft_coef": -1.0}
 
 
+def test_a_model_in_shares_is_refused(tmp_path):
+    model = build()
+    model.lm_head.weight.ds_id = 0
+    with pytest.raises(ValueError, match="model: want whole weights, got one that DeepSpeed has divided"):
+        TSPINTrainer(model, TSPINConfig(output_dir=str(tmp_path), use_cpu=True), triplets(2))
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_values_are_named(tmp_path, name):
     with pytest.raises(ValueError, match=rf"{name}: want .*, got {WRONG[name]!r}"):
