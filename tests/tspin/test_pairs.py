@@ -96,7 +96,8 @@ def test_a_sample_of_the_initial_policy_stands_for_the_proto_that_was_not_traine
 def test_fresh_pairs_are_counted_without_those_whose_responses_are_the_same(tmp_path):
     rows = held_out()
     rows[0] = dataclasses.replace(rows[0], response_ids=FRESH)
-    pairs, _, _ = made(tmp_path, "tspin", rows=rows)
+    short = generations(rows[1::2], [1])
+    pairs, _, _ = made(tmp_path, "tspin", rows=rows, samples=generations(rows, FRESH) | short)
     assert [p["identical"] for p in pairs] == [False] * 3 + [True] + [False] * 5
     fresh = pairs[4:]
     below = sum(p["logps/chosen"] < p["logps/rejected"] for p in fresh)
