@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m benchmarks logprobs | train_step | memory | plots | table | summary`."""
+"""Command line of the benchmarks: `python -m benchmarks logprobs | row_kernels | train_step | memory | plots | table | summary`."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import logprobs, long_context, measure, plots, tables, training
+from benchmarks import logprobs, long_context, measure, plots, row_kernels, tables, training
 from benchmarks.workloads import select_cases
 
 RESULTS = Path(__file__).parent / "results"
@@ -24,14 +24,12 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--peers", default="all", help="all, none, or names")
     run.add_argument("--cases", help="names or groups of cases; goals on a GPU, cpu without one")
     run.add_argument("--data", default="random,peaked", help="random, peaked or both")
-    run.add_argument("--seconds", type=float, default=300, help="time for all cases together, checks included")
-    run.add_argument(
-        "--out", type=Path, default=RESULTS, help="folder of the rows; their file is named after the device"
-    )
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run.add_argument("--commit", help="what rows call the code, where git cannot tell")
+    _add_common(run, 300)
     run.add_argument("--exclude", action="append", default=[], help="an implementation to leave out")
     run.add_argument("--skip", type=int, default=0, help="workloads that an earlier process has done")
+    kernels = commands.add_parser("row_kernels", help="time the Triton row kernels at each launch configuration")
+    kernels.add_argument("--shape", default="8192x151936", help="rows x columns of the logits")
+    _add_common(kernels, 60)
     step = _add_training(commands, "train_step", "time and peak memory of a training step on one triplet")
     step.add_argument("--lengths", help="PROMPTxRESPONSE, separated by commas")
     longest = _add_training(commands, "memory", "the longest triplet that fits, and the peak against length")
@@ -48,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(given)
     if options.command == "logprobs":
         return _logprobs(options, given)
+    if options.command == "row_kernels":
+        return _row_kernels(options)
     if options.command in ("train_step", "memory"):
         return _training(options)
     rows = measure.read_rows(options.path)
@@ -67,11 +67,26 @@ def _add_training(commands: Any, name: str, text: str) -> argparse.ArgumentParse
         "--models", help="names of benchmarks.training; the two of the goals on a GPU, a small one without"
     )
     run.add_argument("--methods", help="full, lora or both; on a GPU the one of the goals")
-    run.add_argument("--seconds", type=float, default=300, help="time for all together, about")
-    run.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
+    _add_common(run, 300)
+    return run
+
+
+def _add_common(run: argparse.ArgumentParser, seconds: float) -> None:
+    run.add_argument("--seconds", type=float, default=seconds, help="time for all together, about")
+    run.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of the rows; their file is named after the device"
+    )
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--commit", help="what rows call the code, where git cannot tell")
-    return run
+
+
+def _row_kernels(options: argparse.Namespace) -> int:
+    device = torch.device(options.device)
+    N, V = (int(size) for size in options.shape.split("x"))
+    out = _rows_path(options.out, device)
+    rows = row_kernels.run(N, V, device=device, seconds=options.seconds, out=out, commit=options.commit)
+    print(row_kernels.table(rows))
+    return int(all(row["refused"] for row in rows))
 
 
 def _training(options: argparse.Namespace) -> int:
@@ -90,7 +105,7 @@ def _training(options: argparse.Namespace) -> int:
         rows = long_context.train_step(pairs, lengths, **common)
     else:
         caps = [
-            None if cap == "none" else float(cap) for cap in (options.caps or ("none,24" if gpu else "0.25")).split(",")
+            None if cap == "none" else float(cap) for cap in (options.caps or ("24,none" if gpu else "0.25")).split(",")
         ]
         ratios = [float(ratio) for ratio in options.ratios.split(",")]
         rows = long_context.memory(pairs, ratios, caps, **common)

@@ -1,28 +1,38 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: the kernels' correctness suite, then the benchmark, all results in one folder of at most 8 files.
-#   COMMIT=<what rows call the code> benchmarks/device.sh FOLDER SECONDS [arguments of the benchmark]
-# WHAT=training measures training steps and the longest context in place of the ops; TESTS=0 leaves the suite out. Peers come by PYTHONPATH. Exits with 1 where a test failed or ours could not be measured.
+# On a machine with a GPU: the kernels' correctness suite, the row kernels alone, then the benchmark; all results in one folder of
+# at most 8 files.
+#   COMMIT=<what rows call the code> PEERS=<folder> benchmarks/device.sh FOLDER SECONDS [arguments of the benchmark]
+# WHAT=training measures training steps and the longest context in place of the ops. TESTS names other tests, 0 leaves them out;
+# they run in WORKERS processes. PEERS holds the peers' packages unpacked, as pack_peers.sh packs them.
+# Exits with 1 where a test failed or ours could not be measured.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "$1")
 seconds=$2
 shift 2
 mkdir -p "$out"
-export PYTHONUNBUFFERED=1
+# Without it, holes between blocks would count as memory that a step needs.
+export PYTHONUNBUFFERED=1 PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+if [ -n "${PEERS:-}" ]; then
+    # The second is what a .pth file adds, which Python reads in its own folders only.
+    export PYTHONPATH="$PEERS:$PEERS/nvidia_cutlass_dsl/dsl_packages${PYTHONPATH:+:$PYTHONPATH}"
+fi
 status=0
 start=$SECONDS
-if [ "${TESTS:-1}" != 0 ]; then
-    timeout $((seconds / 2)) python3 -m pytest tests/kernels -n 0 -q -ra 2>&1 | tee "$out/tests.log" | tail -n 15 || status=1
+if [ "${TESTS:-tests/kernels}" != 0 ]; then
+    timeout $((seconds / 2)) python3 -m pytest ${TESTS:-tests/kernels} -n "${WORKERS:-8}" -q -ra 2>&1 | tee "$out/tests.log" | tail -n 15 || status=1
 fi
-left=$((seconds - (SECONDS - start)))
 commit=(${COMMIT:+--commit "$COMMIT"})
 if [ "${WHAT:-logprobs}" = training ]; then
+    left=$((seconds - (SECONDS - start)))
     third=$((left / 3))
     python3 -m benchmarks train_step --seconds "$third" --out "$out" "${commit[@]}" "$@" > "$out/table.txt" 2> "$out/errors.txt" || status=1
     left=$((seconds - (SECONDS - start) - 20))
     python3 -m benchmarks memory --seconds "$left" --out "$out" "${commit[@]}" "$@" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
 else
-    python3 -m benchmarks logprobs --seconds "$left" --out "$out" "${commit[@]}" "$@" > "$out/table.txt" 2> "$out/errors.txt" || status=1
+    python3 -m benchmarks row_kernels --shape "${SHAPE:-8192x151936}" --seconds $((seconds / 20)) --out "$out" "${commit[@]}" > "$out/table.txt" 2> "$out/errors.txt" || status=1
+    left=$((seconds - (SECONDS - start) - 15))
+    python3 -m benchmarks logprobs --seconds "$left" --out "$out" "${commit[@]}" "$@" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
 fi
 tail -n 5 "$out/errors.txt"
 python3 -m benchmarks plots "$out" > /dev/null || status=1

@@ -5,10 +5,10 @@ memory: a length fits there when the profiler's peak is below the cap.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,7 +23,15 @@ FIELDS = (
 )
 _GATE = (96, 24)
 _RESOLUTION = 0.03
-_LEAST = 64
+_LEAST, _STRIDE, _WORTH_IT = 64, 4, 1.2
+
+
+class _Tried(NamedTuple):
+    """A length that fitted."""
+
+    prompt: int
+    peak: int
+    seconds: float
 
 
 def _common(benchmark: str, device: torch.device, commit: str | None, **values: Any) -> dict[str, Any]:
@@ -126,15 +134,16 @@ def memory(
             until = time.monotonic() + (deadline - time.monotonic()) / left
             row = _common("memory", device, commit, model=model, method=method, implementation=name, cap_gib=cap)
             row |= {"prompt_per_response": ratio, "refused": refused.get(name)}
-            found = [row]
+            found: Iterable[dict[str, Any]] = [row]
             if time.monotonic() > deadline:
                 row["missing"] = "out of time"
             elif name not in refused:
                 _set_cap(device, cap)
-                found = [row | tried for tried in _search(arms, name, ratio, cap, until, most)]
-                _set_cap(device, None)
-            measure.append_rows(out, found)
-            rows += found
+                found = (row | tried for tried in _search(arms, name, ratio, cap, until, most))
+            for each in found:
+                measure.append_rows(out, [each])
+                rows.append(each)
+            _set_cap(device, None)
         del arms
         _clear(device)
     return rows
@@ -143,33 +152,83 @@ def memory(
 def _search(
     arms: Arms, name: str, ratio: float, cap: float | None, deadline: float, most: int
 ) -> Iterator[dict[str, Any]]:
-    # Every length tried, then the longest that fitted.
-    low, high, best = 0, None, {}
-    prompt, cut = _LEAST, None
-    while high is None or high - low > max(1, _RESOLUTION * low):
-        if time.monotonic() > deadline:
-            cut = "out of time: a lower bound"
+    """A row for every length tried, then one for the longest that fitted.
+
+    Memory grows with the tokens and time with no more than their square, so each length is guessed from those before it, and one
+    that would not end before the deadline is not begun.
+    """
+    usable = _usable(arms.device, cap)
+    fitted: list[_Tried] = []  # of growing length
+    high, best, cut, bracketed = None, {}, None, 0
+    while True:
+        prompt = _guess(fitted, high, usable, bracketed > 2)
+        if prompt is None:
             break
-        response = max(1, round(prompt / ratio))
+        left, prompt = deadline - time.monotonic(), min(prompt, most)
+        longest = _longest_in(left, fitted)
+        if longest < prompt:
+            cut, prompt = "out of time: a lower bound", longest
+            if prompt < _WORTH_IT * (fitted[-1].prompt if fitted else _LEAST):
+                break
+        begun, response = time.monotonic(), max(1, round(prompt / ratio))
         peak, why = arms.peak(name, make_triplet(prompt, response, arms.vocab, arms.device))
         if why is not None and why != "out of memory":
             cut = why
             break
-        fits = peak is not None and (arms.device.type == "cuda" or cap is None or peak <= cap * 2**30)
+        fits = peak is not None and (arms.device.type == "cuda" or peak <= usable)
         why = why if fits or peak is None else "above the cap"
         tried = _lengths(prompt, response) | _sizes(arms, peak) | {"missing": why}
         yield tried | {"prompt_per_response": ratio}
         if fits:
-            low, best = prompt, tried
+            fitted.append(_Tried(prompt, peak or 0, time.monotonic() - begun))
+            best = tried
         else:
             high = prompt
-        if low >= most:
+        bracketed += high is not None
+        if cut:
+            break
+        if fits and prompt >= most:
             cut = "the search ends here: a lower bound"
             break
-        prompt = low * 2 if high is None else (low + high) // 2
-        if prompt == 0:
-            break
     yield best | {"prompt_per_response": ratio, "longest": best.get("tokens", 0), "missing": cut}
+
+
+def _usable(device: torch.device, cap_gib: float | None) -> int:
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**62
+    return total if cap_gib is None else min(total, int(cap_gib * 2**30))
+
+
+def _guess(fitted: list[_Tried], high: int | None, usable: int, halve: bool) -> int | None:
+    """The prompt to try next, by a line through the longest two that fitted. None at the end of a search."""
+    if not fitted:
+        return _LEAST if high is None else high // 2 or None
+    low = fitted[-1].prompt
+    if high is not None and high - low <= max(1, _RESOLUTION * low):
+        return None
+    meets = None  # where the line meets what is usable
+    if len(fitted) > 1 and fitted[-1].peak > fitted[-2].peak:
+        slope = (fitted[-1].peak - fitted[-2].peak) / (low - fitted[-2].prompt)
+        meets = low + int((usable - fitted[-1].peak) / slope)
+    end = _STRIDE * low if high is None else high
+    if meets is not None and not halve:
+        # Just below it fits, just above it does not: where the line is right, two tries end the search.
+        below, above = int((1 - _RESOLUTION / 2) * meets), max(meets, int((1 + _RESOLUTION) * low)) + 1
+        if high is None or below <= (1 + _RESOLUTION) * low:
+            below = above
+        if low < below < end:
+            return below
+    return end if high is None else (low + high) // 2
+
+
+def _longest_in(seconds: float, fitted: list[_Tried]) -> int:
+    """The prompt whose step would take no longer: a constant, and a square through the last one. The first may have compiled."""
+    if len(fitted) < 2:
+        return 2**62 if seconds > 0 else 0
+    last, constant = fitted[-1], min(tried.seconds for tried in fitted)
+    if seconds <= last.seconds:
+        return 0
+    grows = last.seconds - constant
+    return int(last.prompt * ((seconds - constant) / grows) ** 0.5) if grows > 0 else _STRIDE * last.prompt
 
 
 def _clear(device: torch.device) -> None:

@@ -120,11 +120,15 @@ def _load_torch_lce(_: Workload) -> Call:
 
 def _load_trl(_: Workload) -> Call:
     from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    try:
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk_size
+    except ImportError:  # its trainers want more than its kernels
+        chunk_size = 32768
 
     def call(hidden: Tensor, weight: Tensor, w: Workload) -> Result:
         # bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
-        arguments = (None, w.targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",))
+        arguments = (None, w.targets, 1.0, chunk_size, None, 1.0, ("entropy",))
         logprobs, entropy, *_ = ChunkedLogProbFunction.apply(hidden, weight, *arguments)
         return _tokens(logprobs, entropy, w)
 

@@ -50,6 +50,13 @@ CASES = (
         ("long",),
         implementations=("naive", "trl", "liger_flsce", "tspin:recompute", "tspin:infer"),
     ),
+    # Blocks of logits that stay in the L2 cache of a GPU, and such that do not.
+    *(
+        Case(
+            f"n8192-d4096-v151936-{mib}mib", 8192, 4096, 151936, ("l2",), torch.bfloat16, mib * 2**20, ("tspin:infer",)
+        )
+        for mib in (24, 40, 256)
+    ),
     *(
         Case(f"n{N}-d2048-v151936", N, 2048, 151936, ("sweep", "sweep-n"), implementations=_LEAN)
         for N in (1024, 4096, 16384, 65536)

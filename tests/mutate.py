@@ -52,7 +52,7 @@ MUTATIONS = [
     *both(
         "1 running maximum floored at 0",
         ("m_new = torch.maximum(m_old, z.amax(1))", "m_new = torch.maximum(m_old, z.amax(1)).clamp(min=0)"),
-        ("m_new = tl.maximum(m, tl.max(z, axis=0))", "m_new = tl.maximum(tl.maximum(m, tl.max(z, axis=0)), 0.0)"),
+        ("m_new = tl.maximum(m, tl.max(z, axis=1))", "m_new = tl.maximum(tl.maximum(m, tl.max(z, axis=1)), 0.0)"),
     ),
     Mutation("1 running maximum starts at 0", BLOCKS, "torch.full((N,), -torch.inf", "torch.full((N,), 0.0"),
     # 2. Uniform upstream
@@ -73,7 +73,7 @@ MUTATIONS = [
     *both(
         "3 softmax rounded before one-hot is subtracted",
         ("p = log_p.exp()\n", "p = log_p.exp().to(logits.dtype).to(m.dtype)\n"),
-        ("p = tl.exp(log_p)\n", "p = tl.exp(log_p).to(logits_ptr.dtype.element_ty).to(tl.float32)\n"),
+        ("_exp(log_p) * factor", "_exp(log_p).to(logits_ptr.dtype.element_ty).to(tl.float32) * factor"),
     ),
     # 4. Entropy at an offset
     Mutation("4 entropy as logsumexp minus the mean logit", BLOCKS, "log_s - u / s", "(m + log_s) - (m + u / s)"),
@@ -83,10 +83,7 @@ MUTATIONS = [
             "torch.sub(z, m[tile].unsqueeze(1)).sub_(log_s[tile].unsqueeze(1))",
             "torch.sub(z, (m[tile] + log_s[tile]).unsqueeze(1))",
         ),
-        (
-            "(z - tl.load(m_ptr + row)) - tl.load(log_s_ptr + row)",
-            "z - (tl.load(m_ptr + row) + tl.load(log_s_ptr + row))",
-        ),
+        ("log_p = (z - m) - log_s", "log_p = z - (m + log_s)"),
     ),
     # 5. Entropy gradient
     Mutation("5 entropy gradient dropped", OPS, "pick(dentropy), pick(dlogsumexp))", "None, pick(dlogsumexp))"),
@@ -176,12 +173,12 @@ MUTATIONS = [
     *both(
         "12 -inf logit in the entropy: 0 * -inf",
         ("shifted.clamp_(min=torch.finfo(m.dtype).min)", "shifted"),
-        ('tl.where(z == float("-inf"), 0.0, weights * (z - reference))', "weights * (z - reference)"),
+        ("weights * tl.maximum(shifted, _LOWEST)", "weights * shifted"),
     ),
     *both(
         "12 -inf logit in the gradient: 0 * inf",
-        (".masked_fill_(p == 0, 0)", ""),
-        ("tl.where(p == 0.0, 0.0, p * factor)", "p * factor"),
+        (".clamp_(min=_LOG_ZERO[m.dtype])", ""),
+        ("tl.maximum(log_p, _LOG_ZERO)", "log_p"),
     ),
     # 13. One copy of the loss
     Mutation(
@@ -207,23 +204,37 @@ MUTATIONS = [
     # The logit transform
     *both(
         "temperature dropped from the logits",
-        ("z = z / transform.temperature", "pass"),
-        ("    z = z / temperature\n", ""),
+        (
+            "    scale = transform.logit_scale / transform.temperature\n    return",
+            "    scale = transform.logit_scale\n    return",
+        ),
+        ("z = z * (logit_scale / temperature)", "z = z * logit_scale"),
     ),
     *both(
         "temperature dropped from the gradient",
-        ("scale = transform.logit_scale / transform.temperature", "scale = transform.logit_scale"),
-        ("slope = logit_scale / temperature", "slope = logit_scale"),
+        (
+            "        scale = transform.logit_scale / transform.temperature\n        dlogits",
+            "        scale = transform.logit_scale\n        dlogits",
+        ),
+        ("    scale = logit_scale / temperature\n", "    scale = logit_scale\n"),
+    ),
+    *both(
+        "temperature dropped after the softcap",
+        ("tanh * (transform.softcap / transform.temperature)", "tanh * transform.softcap"),
+        ("tanh * (softcap / temperature)", "tanh * softcap"),
     ),
     *both(
         "softcap derivative dropped",
-        ("slope = 1 - tanh * tanh", "slope = torch.ones_like(z)"),
-        ("slope = slope * (1.0 - tanh * tanh)", "slope = slope + 0.0 * tanh"),
+        ("1 - tanh * tanh", "torch.ones_like(z)"),
+        ("slope = 1.0 - tanh * tanh", "slope = 1.0 + 0.0 * tanh"),
     ),
     *both(
         "logit scale after the softcap",
-        ("z = tanh * transform.softcap", "z = tanh * transform.softcap * transform.logit_scale"),
-        ("z = softcap * tanh", "z = softcap * tanh * logit_scale"),
+        (
+            "z * (transform.logit_scale / transform.softcap)",
+            "z * (transform.logit_scale**0 / transform.softcap) * transform.logit_scale**2",
+        ),
+        ("(2.0 * logit_scale / softcap)", "(2.0 / softcap)"),
     ),
     # Edges
     Mutation(
@@ -235,8 +246,8 @@ MUTATIONS = [
     Mutation(
         "last column of a block skipped (statistics)",
         TRITON,
-        "offs_v, offs_v < V,",
-        "offs_v, offs_v < V - 1,",
+        "bias_ptr, offs_v, offs_v < V,",
+        "bias_ptr, offs_v, offs_v < V - 1,",
         only="triton",
     ),
     Mutation(
@@ -249,7 +260,31 @@ MUTATIONS = [
     Mutation(
         "sums not rescaled to a new maximum", PLAIN, "s[tile] = s[tile] * decay", "s[tile] = s[tile]", only="torch-cpu"
     ),
-    Mutation("sums not rescaled to a new maximum (triton)", TRITON, "s = s * decay", "s = s", only="triton"),
+    Mutation(
+        "sums not rescaled to a new maximum (triton)", TRITON, "s = s * _exp(m - reference)", "s = s", only="triton"
+    ),
+    Mutation(
+        "lanes of a row not brought to one maximum (triton)",
+        TRITON,
+        "tl.sum(s * _exp(m - reference), axis=0)",
+        "tl.sum(s, axis=0)",
+        only="triton",
+    ),
+    Mutation("sums of earlier blocks lost (triton)", TRITON, "s_old * _exp(m_old - reference)", "0.0", only="triton"),
+    Mutation(
+        "entropy sum not moved to a new maximum (triton)",
+        TRITON,
+        '(u + tl.where(m == float("-inf"), 0.0, m - reference) * s)',
+        "u",
+        only="triton",
+    ),
+    Mutation(
+        "target in the first block of columns alone (triton)",
+        TRITON,
+        "(target >= start) & (target < start + BLOCK_V)",
+        "target < BLOCK_V",
+        only="triton",
+    ),
     Mutation(
         "entropy sum not moved to a new maximum", PLAIN, "(u[tile] + moved * s[tile])", "u[tile]", only="torch-cpu"
     ),
@@ -259,8 +294,8 @@ MUTATIONS = [
     Mutation(
         "dhidden of the last vocabulary block only",
         BLOCKS,
-        "part.weight.to(head.compute_dtype), c0 == 0,",
-        "part.weight.to(head.compute_dtype), True,",
+        "part.weight, c0 == 0,",
+        "part.weight, True,",
     ),
     Mutation("dweight of the last token block only", BLOCKS, "rows, r0 == 0,", "rows, True,"),
     Mutation(
@@ -295,7 +330,20 @@ MUTATIONS = [
         "grads = ctx.grads",
         "test_autograd.py",
     ),
-    Mutation("upstream scalar dropped", GROUPS, "g.mul_(dloss)", "g", SEQUENCES),
+    Mutation("upstream scalar dropped", GROUPS, "ctx.scale_(g, dloss)", "g", SEQUENCES),
+    *both(
+        "upstream scalar of one half taken for one",
+        ("factor.item() == 1", "factor.item() >= 0.5"),
+        ("if factor != 1.0:", "if factor != 1.0 and factor != 0.5:"),
+        "test_autograd.py",
+    ),
+    Mutation(
+        "the last block of the upstream scalar's product left out",
+        TRITON,
+        "range(first, size, tl.num_programs(0) * BLOCK)",
+        "range(first, size - BLOCK, tl.num_programs(0) * BLOCK)",
+        "test_autograd.py",
+    ),
     # Sequences and groups
     Mutation(
         "rows taken in the order they come",
@@ -323,6 +371,34 @@ MUTATIONS = [
         "if sizes.total(rows, sizes.V) <= budget:",
         "if True:",
         "test_memory.py test_bad_input.py",
+    ),
+    Mutation(
+        "narrow gradient of wide logits not counted",
+        BLOCKS,
+        "self.logits_dtype != self.compute_dtype and (dhidden or dweight)",
+        "False",
+        "test_memory.py",
+    ),
+    Mutation(
+        "weight not cast to the dtype of the products",
+        BLOCKS,
+        "self.weight[start:stop].to(self.compute_dtype)",
+        "self.weight[start:stop]",
+        "test_precision.py",
+    ),
+    Mutation(
+        "columns of the block before",
+        BLOCKS,
+        "if at != c0:",
+        "if at < 0:",
+    ),
+    Mutation("gradient of no row left uninitialised", RUN, "grads.weight.zero_()", "pass", SEQUENCES),
+    Mutation(
+        "first rows added to uninitialised memory",
+        RUN,
+        "start, fresh = 0, not filtered",
+        "start, fresh = 0, False",
+        SEQUENCES,
     ),
     # Zero coefficients, grad_buffer, process_group
     Mutation("skip: zero of the log-prob alone is enough", RUN, ".any(0)", "[0]", "test_zero_coefficients.py"),
@@ -406,19 +482,19 @@ MUTATIONS = [
         "ranks: uneven shards cut evenly", SHARDS, "sum(widths[:rank])", "rank * columns", "test_process_group.py"
     ),
     # Column filtering
-    Mutation("filter: nothing is looked at", FILTER, "<= limit\n", "<= limit + 9\n", "test_filter.py"),
+    Mutation("filter: nothing is looked at", FILTER, "<= limit * size", "<= (limit + 9) * size", "test_filter.py"),
     Mutation(
         "filter: threshold on single columns",
         FILTER,
-        "share @ is_dropped.to(share.dtype)",
+        "product(share, is_dropped.to(share.dtype), size.dtype)",
         "(share[:, :, None] * is_dropped).amax(1)",
         "test_filter.py",
     ),
     Mutation(
         "filter: tolerance relative to one",
         FILTER,
-        "dlogits / size.unsqueeze(1)",
-        "dlogits + 0 * size.unsqueeze(1)",
+        "<= limit * size.unsqueeze(1)",
+        "<= limit",
         "test_filter.py",
     ),
     Mutation("filter: temperature forgotten", FILTER, " / head.transform.temperature", "", "test_filter.py"),
@@ -450,8 +526,8 @@ MUTATIONS = [
     Mutation(
         "filter: float16 not scaled back",
         FILTER,
-        "product if unscale is None else product * unscale",
-        "product",
+        "dweight if unscale is None else dweight * unscale",
+        "dweight",
         "test_filter.py",
     ),
     Mutation(

@@ -38,6 +38,8 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     monkeypatch.chdir(tmp_path)
     text = page.read_text()
+    for package, least in re.findall("^<!-- needs (\\S+) (\\S+) -->$", text, re.M):
+        pytest.importorskip(package, least, reason=f"{page.name} needs {package} {least}")
     assert run_blocks(text, page.name) == text.count("```python") + text.count("<!-- python")
 
 

@@ -1,4 +1,4 @@
-"""The types hold, and reach the user: pyright, in basic mode, on tspin and on a program that uses the public names.
+"""The types hold, and reach the user: pyright, in basic mode, on both packages and on a program that uses the public names.
 
 Marked soak: the wrapper `pyright` fetches a Node.js where there is none.
 """
@@ -40,8 +40,8 @@ def errors(*arguments: str | Path) -> list[tuple[str, int, str]]:
     return [(Path(f["file"]).name, f["range"]["start"]["line"] + 1, f.get("rule", "")) for f in found]
 
 
-def test_tspin_is_clean():
-    assert errors("tspin") == []
+def test_both_packages_are_clean():
+    assert errors("tspin", "tspin_kernels") == []
 
 
 def test_a_users_program_sees_the_types(tmp_path):

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from tspin.data import Example
 
 # What users can put right: bad values, missing files, missing extras. Anything else is a defect and shows its trace.
-USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ImportError)
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+    ImportError,
+)
 
 
 def one_line(error: Exception) -> str:
@@ -27,12 +35,21 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def check(config: SelfPlayConfig, *, gpu_memory: str | None = None, rows: int = 2) -> None:
-    """Print what training arguments, tokenizer, data, model and memory come to, and the first rows as tokens.
+def check(
+    config: SelfPlayConfig, *, gpu: str | None = None, gpus: int = 1, gpu_memory: str | None = None, rows: int = 2
+) -> None:
+    """Print what training arguments, tokenizer, data, model, memory and cost come to, and the first rows as tokens.
 
-    gpu_memory: of the GPU to check for, as "24GB"; default that of this machine. Raises ValueError naming the steps that failed.
+    gpu: a name of `tspin.cost.GPUS`, to price the run for. gpus: over which FSDP2 divides the model. gpu_memory: of each, as
+    "24GB"; default that of `gpu`, else of this machine's. Raises ValueError naming the steps that failed.
     """
     failed: list[str] = []
+    if gpus < 1:
+        raise ValueError(f"gpus: want 1 or more, got {gpus}")
+    if gpu is not None:
+        from tspin.cost import gpu_named
+
+        gpu_memory = gpu_memory or str(gpu_named(gpu).gigabytes)
 
     def step(name: str, work: Callable, *needs: Any) -> Any:
         """Print what `work` finds, and return its result; None when it or something it needs has failed."""
@@ -50,8 +67,13 @@ def check(config: SelfPlayConfig, *, gpu_memory: str | None = None, rows: int = 
     tokenizer = step("tokenizer", _check_tokenizer)
     examples = step("data", _check_data, tokenizer, "train")
     held_out = step("eval data", _check_data, tokenizer, "eval")
+    if config.tasks:
+        step("tasks", _check_tasks)
     step("model", _check_model, training, tokenizer, examples, held_out)
-    step("memory", partial(_check_memory, gpu_memory=gpu_memory, examples=examples or []), training)
+    step("generation", _check_generation)
+    step("memory", partial(_check_memory, gpu_memory=gpu_memory, gpus=gpus, examples=examples or []), training)
+    if gpu is not None:
+        step("cost", partial(_check_cost, gpu=gpu, gpus=gpus), training, examples, held_out)
     for example in (examples or [])[:rows]:
         print(f"\nrow {example.row}: {len(example.prompt_ids)} prompt and {len(example.response_ids)} response tokens")
         print(f"prompt    {_shown(tokenizer, example.prompt_ids)}")
@@ -106,7 +128,17 @@ def _check_data(config: SelfPlayConfig, tokenizer: Any, split: str) -> tuple[lis
             f"answer_pattern: want a match in every annotated response, got none for {config.answer_pattern!r} in "
             f"{len(without)} of {len(examples)} rows, first in row {without[0]}; correct the pattern"
         )
-    return examples, f"{text}; first answer {answers[examples[0].row]!r}"
+    first = answers[examples[0].row] or ""
+    return examples, f"{text}; first answer {first[:60]!r}{'...' if len(first) > 60 else ''}"
+
+
+def _check_tasks(config: SelfPlayConfig) -> tuple[Any, str]:
+    from tspin.harness import Harness, benchmarks
+
+    wanted = benchmarks(config.tasks or [])
+    harness = Harness(wanted, config.include_path)
+    shots = (f"{b.name} {'its own' if b.shots is None else b.shots}" for b in wanted)
+    return harness, f"lm-evaluation-harness has all {len(wanted)}; shots: {', '.join(shots)}; data not looked at"
 
 
 def _check_model(
@@ -115,6 +147,7 @@ def _check_model(
     from tspin.fitting import model_without_weights
     from tspin.loading import add_adapter, lora_config, model_of
     from tspin.model import probe_head
+    from tspin.prefix import refusal
 
     path = Path(config.model_name_or_path)
     bare = path.is_dir() and not any(file.suffix in (".safetensors", ".bin", ".pt", ".pth") for file in path.iterdir())
@@ -132,25 +165,52 @@ def _check_model(
         raise ValueError(
             f"want rows of at most {positions} positions, got {longest}; lower max_length or max_new_tokens"
         )
+    why = None if training[0].prefix_sharing == "off" else refusal(model)
+    if why is not None and training[0].prefix_sharing == "on":
+        raise ValueError(f"prefix_sharing: {why}, so its prompts cannot be shared; use prefix_sharing='off'")
+    text += f"; a row of its own for every response, as {why}" if why is not None else ""
     if bare:
         return model, f"{text}, of config.json alone: no weights to score with"
     if training[0].fused == "off":
         return model, text
     try:
         probe_head(model if peft_config is None else add_adapter(model, peft_config, seed=config.seed))
-    except ValueError as refusal:
+    except ValueError as error:
         if training[0].fused == "on":
             raise
-        return model, f"{text}; fused='auto' will take its logits ({one_line(refusal)})"
+        return model, f"{text}; fused='auto' will take its logits ({one_line(error)})"
     return model, f"{text}, scores through its output head"
 
 
+def _check_generation(config: SelfPlayConfig) -> tuple[Any, str]:
+    backend = config.generation_backend
+    if backend == "transformers":
+        return backend, "by transformers, in this process"
+    if backend == "continuous":
+        from tspin.continuous import sample_continuous
+
+        return sample_continuous, "by continuous batching, in this process"
+    from tspin.remote import answers
+    from tspin.server import command_words
+
+    if config.generation_server_command is not None:
+        words = command_words(config.generation_server_command, config.model_name_or_path, 0)
+        return words, f"by {words[0]}, started for the weights of each iteration; they are compared when it runs"
+    assert config.generation_url is not None
+    if not answers(config.generation_url):
+        raise ValueError(
+            f"generation_url: want a server that answers, got none at {config.generation_url}; start it first"
+        )
+    return backend, f"by the server at {config.generation_url}, which answers; its weights are compared when it is used"
+
+
 def _check_memory(
-    config: SelfPlayConfig, training: list[Any], *, gpu_memory: str | None, examples: list[Example]
+    config: SelfPlayConfig, training: list[Any], *, gpu_memory: str | None, gpus: int, examples: list[Example]
 ) -> tuple[Any, str]:
     import torch
 
     from tspin.fitting import MemoryCheck, parse_memory
+    from tspin.memory import Context
 
     iteration = max(range(len(training)), key=lambda t: len(training[t].members_at(t)))
     args, size = training[iteration], None if gpu_memory is None else parse_memory(gpu_memory)
@@ -158,11 +218,30 @@ def _check_memory(
         size = torch.cuda.get_device_properties(0).total_memory
     if gpu_memory is not None and not args.fp16 and config.training_at(iteration).get("bf16") is None:
         args.bf16 = True  # the default on a GPU, which may not be this machine's
-    response = max([config.max_new_tokens, *(len(e.response_ids) for e in examples)])
-    prompt = max([len(e.prompt_ids) for e in examples] or [args.max_length - response, 1])
-    check = MemoryCheck.of_run(config, args, iteration, prompt, response, size)
+    members, new = len(args.members_at(iteration)), config.max_new_tokens
+    pairs = [(len(e.prompt_ids), len(e.response_ids)) for e in examples] or [(max(args.max_length - new, 1), new)]
+    # The longest triplet that data and max_length allow: samples end where max_length does.
+    contexts = [Context(p, (r, *[max(1, min(new, args.max_length - p))] * (members - 1))) for p, r in pairs]
+    apart = args.prefix_sharing == "off"
+    longest = max(contexts, key=lambda c: members * (c.prompt + max(c.responses)) if apart else c.tokens)
+    check = MemoryCheck.of_run(config, args, longest, size, gpus=gpus)
     print(*check.table(), sep="\n")
     return check, check.verdict()
+
+
+def _check_cost(
+    config: SelfPlayConfig, training: list[Any], train: list[Example], held_out: list[Example], *, gpu: str, gpus: int
+) -> tuple[Any, str]:
+    from tspin.cost import Cost, gpu_named
+    from tspin.fitting import model_without_weights
+
+    for t, args in enumerate(training):
+        if not args.fp16 and config.training_at(t).get("bf16") is None:
+            args.bf16 = True
+    lengths, answers = ([(len(e.prompt_ids), len(e.response_ids)) for e in rows] for rows in (train, held_out))
+    cost = Cost(config, model_without_weights(config), training, lengths, answers, gpu_named(gpu))
+    print(*cost.table(), sep="\n")
+    return cost, cost.verdict(gpu, gpus)
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -24,7 +24,7 @@ from tspin.check import USER_ERRORS, check, one_line
 from tspin.config import SelfPlayConfig, default_of, loop_fields, read_values, training_fields, type_name
 
 _SAMPLING = ("seed", "max_new_tokens", "temperature", "top_p", "top_k", "shard_size")
-_PACKAGES = ("tspin", "torch", "triton", "transformers", "datasets", "accelerate", "peft")
+_PACKAGES = ("tspin", "torch", "triton", "transformers", "datasets", "accelerate", "peft", "lm_eval")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, words = _parser().parse_known_args(sys.argv[1:] if argv is None else list(argv))
         if words and not args.takes_words:
-            raise ValueError(f"unrecognised: {' '.join(words)}; see `tspin {args.name} --help`")
+            # Their names alone: a value may be a token.
+            names = [word.partition("=")[0] for word in words if word.startswith("-")] or words
+            raise ValueError(f"unrecognised: {' '.join(names)}; see `tspin {args.name} --help`")
         return args.command(args, words) or 0
     except KeyboardInterrupt:
         print("tspin: interrupted; the same command goes on from here", file=sys.stderr)
@@ -106,10 +108,19 @@ def _parser() -> _Parser:
     train = add_keyed(_train, "train one iteration on given triplets into output_dir/model")
     train.add_argument("--triplets", metavar="PATH", required=True, help="parquet file as the loop writes it")
     train.add_argument("--iteration", metavar="N", type=int, default=0, help="which values and which beta (default 0)")
-    add_keyed(_eval, "exact match and log-likelihood of a model on eval_dataset")
+    evaluated = add_keyed(
+        _eval, "a model on eval_dataset (exact match, log-likelihood, accuracy) and on tasks of lm-eval"
+    )
+    evaluated.add_argument(
+        "--save", metavar="FILE", help="write the JSON there too; the same command then goes on in it"
+    )
     checked = add_keyed(_check, "validate config, data, template, end token and model before a run")
     checked.add_argument(
         "--gpu_memory", metavar="SIZE", help="of the GPU to check for, as 24GB (default: this machine's)"
+    )
+    checked.add_argument("--gpu", metavar="NAME", help="also predict the GPU hours of the run, e.g. on an H100")
+    checked.add_argument(
+        "--gpus", metavar="N", type=int, default=1, help="that FSDP2 divides the model over (default 1)"
     )
     checked.add_argument("--rows", metavar="N", type=int, default=2, help="rows to show tokenised (default 2)")
     report = add(_report, "a page on a finished or running run, or on several as a comparison", takes_words=False)
@@ -117,6 +128,15 @@ def _parser() -> _Parser:
     report.add_argument(
         "--output_dir", metavar="DIR", help="where the page goes (default: RUN/report; of several runs: tspin-report)"
     )
+    pushed = add(_push, "upload the model of a run, or its triplets, to the hub", takes_words=False)
+    pushed.add_argument("run", metavar="RUN", help="a run directory")
+    pushed.add_argument(
+        "--repo_id", metavar="NAME", required=True, help="owner/name on the hub; made if it is not there"
+    )
+    pushed.add_argument("--triplets", action="store_true", help="the triplets of all iterations, as a data set")
+    pushed.add_argument("--iteration", metavar="N", type=int, help="of the model (default: the last that is finished)")
+    pushed.add_argument("--private", action="store_true", help="if the repository is made, make it private")
+    pushed.add_argument("--dry_run", action="store_true", help="list what would be uploaded, and open no connection")
     add(_env, "versions and devices, for a bug report", takes_words=False)
     return parser
 
@@ -141,10 +161,11 @@ def _keys_help() -> str:
 
 def _config(args: argparse.Namespace, words: list[str], *required: str, **defaults: Any) -> SelfPlayConfig:
     values = defaults | read_values(args.config, words)
+    config = SelfPlayConfig.from_dict(values)
     for key in required:
         if values.get(key) is None:
             raise ValueError(f"{key} is required: set it in the config file or give --{key} VALUE")
-    return SelfPlayConfig.from_dict(values)
+    return config
 
 
 def _demo(args: argparse.Namespace, words: list[str]) -> int | None:
@@ -180,27 +201,38 @@ def _generate(args: argparse.Namespace, words: list[str]) -> None:
     config = _config(args, words, "output_dir")
     from accelerate import PartialState
 
+    from tspin.backends import opened
     from tspin.data import load_examples
     from tspin.generate import generate_responses
-    from tspin.loading import model_of, tokenizer_of, training_args_of
+    from tspin.loading import local_directory, model_of, tokenizer_of, training_args_of
     from tspin.storage import disk_errors, run_lock
 
     state: Any = PartialState()
     autocast_dtype, tokenizer = training_args_of(config).autocast_dtype, tokenizer_of(config)
     examples, _ = load_examples(config, tokenizer, split=args.split)
+    is_server = config.generation_backend == "openai"
     with run_lock(config.output_dir, state.process_index), disk_errors(config.output_dir):
-        generate_responses(
-            model_of(config, device=state.device),
-            tokenizer,
-            examples,
-            config.output_dir,
-            batch_size=config.generation_batch_size,
-            process_index=state.process_index,
-            num_processes=state.num_processes,
-            autocast_dtype=autocast_dtype,
-            model_id=_model_id(config),
-            **{key: getattr(config, key) for key in _SAMPLING},
-        )
+        if state.is_main_process or not is_server:
+            with opened(
+                config,
+                tokenizer,
+                lambda: model_of(config, device=state.device),
+                weights=lambda: local_directory(config.model_name_or_path, config.model_revision),
+                log=Path(config.output_dir) / "server.log",
+                autocast_dtype=autocast_dtype,
+            ) as sampling:
+                generate_responses(
+                    tokenizer=tokenizer,
+                    examples=examples,
+                    directory=config.output_dir,
+                    batch_size=config.generation_batch_size,
+                    process_index=0 if is_server else state.process_index,
+                    num_processes=1 if is_server else state.num_processes,
+                    autocast_dtype=autocast_dtype,
+                    model_id=_model_id(config),
+                    **sampling,
+                    **{key: getattr(config, key) for key in _SAMPLING},
+                )
         state.wait_for_everyone()
 
 
@@ -217,10 +249,13 @@ def _train(args: argparse.Namespace, words: list[str]) -> None:
     if args.iteration < 0:
         raise ValueError(f"--iteration: want 0 or more, got {args.iteration}")
     import pyarrow
+    from accelerate import PartialState
     from datasets import Dataset
     from pyarrow import parquet
 
-    from tspin.loading import lora_config, model_of, tokenizer_of, training_args_of
+    from tspin.loading import add_adapter, lora_config, model_of, tokenizer_of, training_args_of
+    from tspin.sharding import whole_weights
+    from tspin.storage import disk_errors, run_lock, staged_directory
     from tspin.trainer import TSPINTrainer
 
     try:
@@ -229,39 +264,84 @@ def _train(args: argparse.Namespace, words: list[str]) -> None:
         raise ValueError(f"--triplets: want a whole parquet file, got {args.triplets}: {error}") from error
     tokenizer, final = tokenizer_of(config), Path(config.output_dir) / "model"
     training_args = training_args_of(config, args.iteration)
-    trainer = TSPINTrainer(
-        model_of(config, device=training_args.device),
-        training_args,
-        dataset,
-        processing_class=tokenizer,
-        peft_config=lora_config(config),
-        iteration=args.iteration,
-    )
-    trainer.train()
-    if trainer.is_world_process_zero():
-        model: Any = trainer.accelerator.unwrap_model(trainer.model)
-        (model.merge_and_unload() if config.use_peft else model).save_pretrained(final)
-        tokenizer.save_pretrained(final)
-        print(f"saved {final}")
+    state: Any = PartialState()
+    with run_lock(config.output_dir, state.process_index), disk_errors(config.output_dir):
+        trainer = TSPINTrainer(
+            model_of(config, device=training_args.device),
+            training_args,
+            dataset,
+            processing_class=tokenizer,
+            peft_config=lora_config(config),
+            iteration=args.iteration,
+        )
+        trainer.train()
+        weights = whole_weights(trainer.model)
+        if trainer.is_world_process_zero():
+            model: Any = model_of(config, whole=True)
+            if config.use_peft:
+                model = add_adapter(model, lora_config(config), seed=config.seed)
+            model.load_state_dict(weights, strict=False)
+            with staged_directory(final) as staged:
+                (model.merge_and_unload() if config.use_peft else model).save_pretrained(staged)
+                tokenizer.save_pretrained(staged)
+            print(f"saved {final}")
 
 
 def _eval(args: argparse.Namespace, words: list[str]) -> None:
-    config = _config(args, words, "eval_dataset", dataset="unused")
+    config = _config(args, words, dataset="unused")
+    if config.eval_dataset is None and not config.tasks:
+        raise ValueError("eval_dataset is required, or tasks: give --eval_dataset PATH for rows, or --tasks paper")
+    from tspin.harness import Harness, benchmark_table, benchmarks
+    from tspin.loading import model_of, tokenizer_of, training_args_of
+
+    harness = Harness(benchmarks(config.tasks), config.include_path) if config.tasks else None
+    training, tokenizer = training_args_of(config), tokenizer_of(config)
+    from accelerate import PartialState
+
+    from tspin.storage import fingerprint, package_versions, write_json
+
+    state: Any = PartialState()
+    model = model_of(config, device=state.device)
+    result = {} if config.eval_dataset is None else _eval_rows(config, training, tokenizer, model)
+    result["model"] = {
+        "name": config.model_name_or_path,
+        **fingerprint(config.model_name_or_path, config.model_revision)[0],
+    }
+    result["versions"] = package_versions(_PACKAGES)
+    if harness is not None:
+        result["tasks"] = harness.run(
+            model,
+            tokenizer,
+            None if args.save is None else Path(args.save).with_suffix("") / "tasks",
+            model_id=_model_id(config),
+            batch_size=training.per_device_eval_batch_size,
+            limit=config.tasks_limit,
+            autocast_dtype=training.autocast_dtype,
+        )
+    if state.is_main_process:
+        print(json.dumps(result, indent=2))
+        if args.save is not None:
+            write_json(args.save, result)
+        if harness is not None:
+            from rich.console import Console
+
+            Console(stderr=True).print(benchmark_table(result["tasks"]))
+
+
+def _eval_rows(config: SelfPlayConfig, training: Any, tokenizer: Any, model: Any) -> dict[str, Any]:
+    """What `evaluate` gives for the held-out rows, dealt over the processes; the same on each."""
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
     from tspin.data import load_examples
     from tspin.evaluate import evaluate, merge_evaluations
-    from tspin.loading import model_of, tokenizer_of, training_args_of
     from tspin.scoring import scoring_options
 
     state: Any = PartialState()
-    training, tokenizer = training_args_of(config), tokenizer_of(config)
     examples, _ = load_examples(config, tokenizer, split="eval")
     mine = examples[state.process_index :: state.num_processes]
     parts: list[dict[str, Any]] = []
     if mine:
-        model = model_of(config, device=state.device)
         result = evaluate(
             model,
             tokenizer,
@@ -275,9 +355,7 @@ def _eval(args: argparse.Namespace, words: list[str]) -> None:
             **scoring_options(training, model),
         )
         parts.append(result)
-    parts = gather_object(parts)
-    if state.is_main_process:
-        print(json.dumps(merge_evaluations(parts), indent=2))
+    return merge_evaluations(gather_object(parts))
 
 
 def _report(args: argparse.Namespace, words: list[str]) -> None:
@@ -286,6 +364,19 @@ def _report(args: argparse.Namespace, words: list[str]) -> None:
     if missing := [run for run in args.runs if not Path(run).is_dir()]:
         raise FileNotFoundError(f"RUN: want a run directory, got {missing[0]}, which is none")
     print(f"wrote {write_report(args.runs, args.output_dir)}")
+
+
+def _push(args: argparse.Namespace, words: list[str]) -> None:
+    from tspin.push import push
+
+    push(
+        args.run,
+        args.repo_id,
+        triplets=args.triplets,
+        iteration=args.iteration,
+        private=args.private,
+        dry_run=args.dry_run,
+    )
 
 
 def _env(args: argparse.Namespace, words: list[str]) -> None:
@@ -306,4 +397,4 @@ def _version(package: str) -> str:
 
 
 def _check(args: argparse.Namespace, words: list[str]) -> None:
-    check(_config(args, words), gpu_memory=args.gpu_memory, rows=args.rows)
+    check(_config(args, words), gpu=args.gpu, gpus=args.gpus, gpu_memory=args.gpu_memory, rows=args.rows)

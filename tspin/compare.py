@@ -20,7 +20,7 @@ from typing import Any, get_args, get_type_hints
 from accelerate import PartialState
 
 from tspin import storage
-from tspin.callbacks import wait_for_everyone
+from tspin.checkpoints import wait_for_everyone
 from tspin.config import SelfPlayConfig
 from tspin.loop import RunResult, SelfPlay
 from tspin.report import write_report
@@ -180,13 +180,13 @@ class SharingSelfPlay(SelfPlay):
                 if name not in self.done and (donor := next(filter(self._gives(name), self.donors), None)):
                     self._take(donor, name)
         wait_for_everyone()
-        self.done = storage.read_json(self.directory / "state.json")["done"]
+        self.done = storage.read_record(self.directory / "state.json")["done"]
 
     def _shared_stages(self) -> list[str]:
         """The stages before the first training that this run has."""
         rounds = [self._training_args(t) for t in range(self.config.iterations)]
         has = {
-            "eval_initial": bool(self.held_out),
+            "eval_initial": bool(self.held_out or self.harness),
             "proto": any("proto" in args.members_at(t) for t, args in enumerate(rounds)),
             f"{self._at(0).name}/synthetic": rounds[0].method != "sft",
         }
@@ -194,31 +194,29 @@ class SharingSelfPlay(SelfPlay):
 
     def _gives(self, name: str) -> Callable[[Path], bool]:
         """Whether a donor has done this stage on the same model, data, versions and machine, with the keys that it reads alike."""
-        own = storage.read_json(self.directory / "run.json")
+        own = storage.read_record(self.directory / "run.json")
         same = ("processes", "device", "platform", "versions", "model", "data", "eval_data")
 
         def gives(donor: Path) -> bool:
-            if not (donor / "state.json").exists() or name not in storage.read_json(donor / "state.json")["done"]:
+            if not (donor / "state.json").exists() or name not in storage.read_record(donor / "state.json")["done"]:
                 return False
-            theirs = storage.read_json(donor / "run.json")
+            theirs = storage.read_record(donor / "run.json")
             changed = {key for key, _, _ in self.config.diff(SelfPlayConfig.from_file(donor / "config.yaml"))}
             return changed <= _OF_TRAINING and all(own[key] == theirs[key] for key in same)
 
         return gives
 
     def _take(self, donor: Path, name: str) -> None:
-        record = storage.read_json(donor / "state.json")["done"][name]
-        path = self.directory / record["path"]
-        # An evaluation's file has its answers beside it, in a directory of the same name.
-        for source, target in {donor / record["path"]: path, donor / name: self.directory / name}.items():
-            if source.is_dir():
-                with storage.staged_directory(target) as staged:
-                    shutil.copytree(source, staged, dirs_exist_ok=True)
-            elif source.is_file():
-                storage.write_atomic(target, source.read_bytes())
-        if storage.content_hash(path) != record["sha256"]:
+        made = storage.read_record(donor / "state.json")["done"][name]
+        for path in made:
+            if (donor / path).is_dir():
+                with storage.staged_directory(self.directory / path) as staged:
+                    shutil.copytree(donor / path, staged, dirs_exist_ok=True)
+            elif (donor / path).is_file():
+                storage.write_atomic(self.directory / path, (donor / path).read_bytes())
+        if self._hashes(*(self.directory / path for path in made)) != made:
             logger.warning("%s of %s is altered: making it here", name, donor)
             return
         logger.info("%s, as in %s", name, donor)
-        self.done = {**self.done, name: record}
-        storage.write_json(self.directory / "state.json", {"done": self.done})
+        self.done = {**self.done, name: made}
+        storage.write_record(self.directory / "state.json", {"done": self.done})

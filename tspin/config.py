@@ -38,9 +38,10 @@ _OWNED_BY_THE_LOOP = {
     "remove_unused_columns": "the collator picks its columns itself",
     "label_names": "batches carry no labels",
     "local_rank": "`accelerate launch` sets it",
-    "push_to_hub": "upload the finished model yourself; a token does not belong in config.yaml",
+    "push_to_hub": "`tspin push` uploads what a run made; a token does not belong in config.yaml",
 }
-_NOT_COMPARED = ("output_dir", "allow_config_change")
+_NOT_COMPARED = ("output_dir", "allow_config_change", "generation_url", "generation_concurrency")
+_NOT_COMPARED += ("generation_timeout", "generation_wait", "generation_tolerance")
 _REQUIRED = dataclasses.MISSING
 _TEMPLATE = "### Instruction: {prompt}\n\n### Response: "
 _BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False, "1": True, "0": False}
@@ -80,6 +81,9 @@ class SelfPlayConfig:
     dataset_split: str = _key("train", "data", "split on the hub; in a directory, the files that start with this name")
     prompt_column: str | None = _key(None, "data", "column of prompts, e.g. question; default: recognised")
     response_column: str | None = _key(None, "data", "column of annotated responses, e.g. answer; default: recognised")
+    conversation_round: Literal["last", "first"] = _key(
+        "last", "data", "which answer of a conversation is the annotated response; what follows it is left out"
+    )
     max_rows: int | None = _key(None, "data", "read only the first rows")
     on_bad_row: Literal["error", "skip"] = _key("error", "data", "what to do with a row that cannot be used")
     overlong: Literal["drop", "cut", "error"] = _key("drop", "data", "responses that end beyond max_length")
@@ -89,7 +93,19 @@ class SelfPlayConfig:
     eval_split: str = _key("test", "evaluation", "as `dataset_split`")
     eval_rows: int | None = _key(None, "evaluation", "use only the first rows")
     answer_pattern: str | None = _key(None, "evaluation", "regex; the last group of its last match is the answer")
+    choices_column: str | None = _key(
+        None, "evaluation", "column of held-out rows with the answers to choose among: accuracy is measured too"
+    )
     eval_sampled: bool = _key(True, "evaluation", "also measure exact match of a sample at temperature 1")
+    tasks: str | list[str] | None = field(
+        default=None,
+        metadata={
+            "group": "evaluation",
+            "help": "of lm-evaluation-harness: names, name:shots, YAML paths, or paper (needs the extra `lm-eval`)",
+        },
+    )
+    include_path: str | None = _key(None, "evaluation", "directory of further task YAMLs for `tasks`")
+    tasks_limit: int | None = _key(None, "evaluation", "only the first questions of each task, for a try")
 
     max_new_tokens: int = _key(256, "generation", "longest sampled response (SPIN's value; the paper states none)")
     temperature: float = _key(1.0, "generation", "1 samples the policy itself, 0 is greedy")
@@ -97,6 +113,29 @@ class SelfPlayConfig:
     top_k: int = _key(0, "generation", "0 turns it off")
     generation_batch_size: int = _key(32, "generation", "prompts decoded together on each process")
     shard_size: int = _key(512, "generation", "rows a killed run may lose")
+    generation_backend: Literal["transformers", "continuous", "openai"] = _key(
+        "transformers",
+        "generation",
+        "batches; continuous batching; or a server of the OpenAI API (needs the extra `server`)",
+    )
+    generation_server_command: str | None = _key(
+        None,
+        "generation",
+        "starts a server of {model} on {port}, e.g. vllm serve {model} --host 127.0.0.1 --port {port}",
+    )
+    generation_url: str | None = _key(
+        None, "generation", "of the server, e.g. http://127.0.0.1:8000/v1; default: that of the command"
+    )
+    generation_model: str | None = _key(None, "generation", "name of the weights on the server; default: their path")
+    generation_protocol: Literal["token_ids", "text"] = _key(
+        "token_ids", "generation", "text: for transformers serve; responses are encoded anew"
+    )
+    generation_concurrency: int = _key(64, "generation", "rows asked of the server at a time")
+    generation_timeout: float = _key(600.0, "generation", "seconds that one answer of the server may take")
+    generation_wait: float = _key(900.0, "generation", "seconds to wait for a server that starts or is away")
+    generation_tolerance: float = _key(
+        0.1, "generation", "nats a token that the server's log-probs may differ from our own weights'"
+    )
 
     output_dir: str = _key("tspin-run", "loop", "the run directory")
     iterations: int = _key(5, "loop", "rounds of self-play (the paper's 0 to 4)")
@@ -121,13 +160,12 @@ class SelfPlayConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> SelfPlayConfig:
         """The config of flat keys, loop and training keys side by side."""
         loop = loop_fields()
+        # A misspelt key first: it may be the one that is missing.
+        training = {key: _coerce_training(key, value) for key, value in values.items() if key not in loop}
         missing = [key for key, f in loop.items() if f.default is _REQUIRED and key not in values]
         if missing:
             raise ValueError(f"{missing[0]} is required: set it in the config file or give --{missing[0]} VALUE")
-        return cls(
-            **{key: value for key, value in values.items() if key in loop},
-            training={key: value for key, value in values.items() if key not in loop},
-        )
+        return cls(**{key: value for key, value in values.items() if key in loop}, training=training)
 
     def to_dict(self) -> dict[str, Any]:
         """Flat and YAML-safe: every loop key in the order of the class, then the given training keys by name."""
@@ -277,7 +315,7 @@ def _coerce_training(key: str, value: Any) -> Any:
         raise ValueError(f"{key} may not be set: {why}")
     hints = _training_hints()
     if key not in hints:
-        close = difflib.get_close_matches(key, [*loop_fields(), *hints], n=1)
+        close = difflib.get_close_matches(key, [*loop_fields(), *hints, "config"], n=1)
         suggestion = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"unknown key {key!r}{suggestion} (`tspin run --help` lists the keys)")
     if isinstance(value, str) and value.startswith("["):
@@ -381,12 +419,28 @@ def default_of(f: dataclasses.Field) -> Any:
 
 def _validate(config: SelfPlayConfig) -> None:
     least = dict.fromkeys(("iterations", "max_new_tokens", "generation_batch_size", "shard_size"), 1)
-    least |= {"lora_r": 1, "lora_alpha": 1, "max_rows": 1, "eval_rows": 1, "top_k": 0, "temperature": 0, "seed": 0}
+    least |= {
+        "lora_r": 1,
+        "lora_alpha": 1,
+        "max_rows": 1,
+        "eval_rows": 1,
+        "tasks_limit": 1,
+        "generation_concurrency": 1,
+    }
+    least |= {"top_k": 0, "temperature": 0, "seed": 0, "generation_tolerance": 0}
     for key, bound in least.items():
         _want(config, key, (value := getattr(config, key)) is None or bound <= value < 2**32, f"{bound} or more")
     for key in ("model_name_or_path", "dataset", "dataset_split", "eval_split", "output_dir"):
         _want(config, key, bool(getattr(config, key).strip()), "a name that is not empty")
     _want(config, "quantization", config.use_peft or config.quantization == "none", "use_peft: true beside it")
+    for key in ("generation_timeout", "generation_wait"):
+        _want(config, key, 0 < getattr(config, key) < 2**32, "a number of seconds above 0")
+    plain = config.generation_backend == "transformers"
+    _want(config, "generation_backend", plain or config.quantization == "none", "transformers beside quantization")
+    if config.generation_backend == "openai":
+        from tspin.server import check_settings
+
+        check_settings(config)
     _want(config, "top_p", 0 < config.top_p <= 1, "more than 0 and at most 1")
     is_template = config.prompt_template == "chat" or config.prompt_template.count("{prompt}") == 1
     _want(config, "prompt_template", is_template, "text that contains {prompt} once, or the word chat")

@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tspin.prefix import PrefixLayout
-from tspin.rows import BadRow, exchange, read_rows
+from tspin.rows import BadRow, candidates, exchange, read_rows
 
 if TYPE_CHECKING:
     from tspin.config import SelfPlayConfig
@@ -38,8 +38,9 @@ class Example:
     """One annotated prompt.
 
     `row` is its index in the source, counted before any row is dropped; seeds and responses are keyed by it.
-    `prompt` is the raw text, or the rendered conversation under the template "chat"; `prompt_ids` are the template's.
-    `response_ids` end with one end token, or with none when `overlong` cut them.
+    `prompt` is the text as the template renders it, and `prompt_ids` its tokens.
+    `response_ids` end with one end token, or with none when `overlong` cut them. `choices`: text and ids of every other answer
+    to choose among, of held-out rows with a `choices_column`.
     """
 
     row: int
@@ -47,6 +48,7 @@ class Example:
     response: str
     prompt_ids: list[int]
     response_ids: list[int]
+    choices: tuple[tuple[str, list[int]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,15 @@ def load_examples(
     for row, (where, record) in enumerate(tqdm(source, desc=f"tokenise {split}", unit="row", delay=2, disable=None)):
         total += 1
         try:
-            turns, reply = exchange(record, config.prompt_column, config.response_column)
+            turns, reply = exchange(record, config.prompt_column, config.response_column, config.conversation_round)
             prompt, prompt_ids, response_ids = encode(turns, reply)
+            texts = [] if training or config.choices_column is None else candidates(record, config.choices_column)
+            others = [text for text in dict.fromkeys(texts) if text != reply["content"]]
+            choices = tuple((text, encode(turns, reply | {"content": text})[2]) for text in others)
+            if texts and not choices:
+                raise BadRow(
+                    f"column {config.choices_column!r}: want another answer than the annotated, got none; add one"
+                )
             kept_ids = fit(prompt_ids, response_ids, max_length, config.overlong)
         except BadRow as error:
             if config.on_bad_row == "error":
@@ -120,7 +129,7 @@ def load_examples(
             raise ValueError(f"{where}: {error}") from error
         if kept_ids is not None:
             cut += len(kept_ids) < len(response_ids)
-            examples.append(Example(row, prompt, reply["content"], prompt_ids, kept_ids))
+            examples.append(Example(row, prompt, reply["content"], prompt_ids, kept_ids, choices))
     report = DataReport(name, total, len(examples), bad, total - len(examples) - bad, cut, first_bad)
     logger.log(logging.WARNING if len(examples) < total or cut else logging.INFO, "%s", report)
     if not examples:
@@ -169,8 +178,8 @@ class Encoder:
             roles = ", ".join(turn["role"] for turn in turns)
             raise BadRow(f"want one user turn for a plain prompt_template, got {roles}; set --prompt_template chat")
         else:
-            prompt, rendered = turns[0]["content"], reply["content"]
-            prompt_ids = self._ids(self.template.replace("{prompt}", prompt))
+            prompt, rendered = self.template.replace("{prompt}", turns[0]["content"]), reply["content"]
+            prompt_ids = self._ids(prompt)
             prompt_ids = prompt_ids if prompt_ids[: len(self.bos)] == self.bos else self.bos + prompt_ids
         ids = self._ids(rendered)
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
@@ -323,6 +332,7 @@ class TripletCollator:
         targets: [N] int64, the response tokens. sequence_ids: [N] int64, b * G + m. lengths: [B, G] int64.
         identical, truncated: [B] bool: rejected equals chosen; rejected was cut by length. False without rejected.
         ref_logps: [B, G] float32, nats, where the features have ref_<member>_logps.
+        row: [B] int64, where the features have it.
 
     Raises:
         ValueError: a feature lacks a column, or its prompt or a member is empty.
@@ -355,6 +365,8 @@ class TripletCollator:
             "identical": torch.tensor([f["chosen_ids"] == f["rejected_ids"] if is_pair else False for f in features]),
             "truncated": torch.tensor([is_pair and f.get("rejected_finish_reason") == "length" for f in features]),
         }
+        if all("row" in feature for feature in features):
+            batch["row"] = torch.tensor([feature["row"] for feature in features])
         references = [f"ref_{member}_logps" for member in self.members]
         if any(column in feature for feature in features for column in references):
             absent = [column for column in references if any(column not in feature for feature in features)]

@@ -1,13 +1,14 @@
-"""What a policy makes of given responses: exact match, log-likelihood, and reference log-probs.
+"""What a policy makes of given responses: exact match, log-likelihood, accuracy, and reference log-probs.
 
-No benchmark harness and no few-shot prompts: the rows are rendered by the template of the run. Numbers are of the
-policy as it is; greedy exact match flatters it, the sampled one is what self-play sees. Log-probs are in nats.
+No benchmark and no few-shot prompts (tspin.harness has them): the rows are rendered by the template of the run. Numbers are
+of the policy as it is; greedy exact match flatters it, the sampled one is what self-play sees. Log-probs are in nats.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,6 +81,26 @@ def score_pairs(
     return scores["ref_chosen_logps"], scores.get("ref_rejected_logps", [])
 
 
+def accuracy(
+    model: PreTrainedModel, examples: Sequence[Example], logprobs: Sequence[float], **scoring: Any
+) -> dict[str, float]:
+    """Of examples with choices, the share whose annotated response is the likeliest; ties count as wrong.
+
+    logprobs: of the annotated responses, nats. scoring: as `score_pairs`.
+    Returns:
+        accuracy: by the log-prob of the whole answer, end token included; accuracy_norm: by that over its characters. With two
+        answers it is the share of pairs in the right order.
+    """
+    others = [replace(e, response_ids=ids) for e in examples for _, ids in e.choices]
+    scores = iter(score_pairs(model, others, **scoring)[0])
+    right = right_norm = 0
+    for example, own in zip(examples, logprobs, strict=True):
+        rivals = [(next(scores), len(text)) for text, _ in example.choices]
+        right += own > max(score for score, _ in rivals)
+        right_norm += own / len(example.response) > max(score / length for score, length in rivals)
+    return {"accuracy": right / len(examples), "accuracy_norm": right_norm / len(examples)}
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -95,7 +116,7 @@ def evaluate(
     scoring_batch_size: int = 8,
     **scoring: Any,
 ) -> dict[str, Any]:
-    """Exact match and log-likelihood on held-out rows.
+    """Exact match, log-likelihood and, where the rows have choices, accuracy on held-out rows.
 
     Args:
         directory: where `generate_answers` has written the responses; None samples them here and keeps none.
@@ -103,7 +124,7 @@ def evaluate(
     Returns:
         exact_match: greedy; exact_match_sampled: at temperature 1 (absent unless `sampled`); logprob: mean summed
         log-prob of the annotated responses, nats; nll_per_token: nats; truncated_greedy: share of greedy responses that were
-        cut; rows, tokens: of the annotated responses.
+        cut; accuracy, accuracy_norm: as `accuracy` (absent without choices); rows, tokens: of the annotated responses.
     Raises:
         ValueError: no examples, or `answer_pattern` matches no answer in an annotated response.
     """
@@ -120,17 +141,13 @@ def evaluate(
             read = read_generations(Path(directory) / mode)
             answers[mode] = [read[e.row] for e in examples]
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    logprobs, _ = score_pairs(
-        model,
-        examples,
-        pad_token_id=cast(int, padding),
-        batch_size=scoring_batch_size,
-        autocast_dtype=autocast_dtype,
-        **scoring,
-    )
+    scoring |= {"pad_token_id": cast(int, padding), "batch_size": scoring_batch_size, "autocast_dtype": autocast_dtype}
+    logprobs, _ = score_pairs(model, examples, **scoring)
     result: dict[str, Any] = {"exact_match": exact_match(examples, answers[GREEDY], answer_pattern)}
     if sampled:
         result["exact_match_sampled"] = exact_match(examples, answers[SAMPLED], answer_pattern)
+    if examples[0].choices:
+        result |= accuracy(model, examples, logprobs, **scoring)
     tokens = sum(len(e.response_ids) for e in examples)
     return result | {
         "logprob": sum(logprobs) / len(examples),
@@ -152,7 +169,7 @@ def merge_evaluations(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def generate_answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     directory: str | Path,

@@ -137,17 +137,18 @@ class MemoryCheck:
         cls,
         config: SelfPlayConfig,
         args: TSPINConfig,
-        iteration: int,
-        prompt: int,
-        response: int,
+        context: Context,
         gpu_memory: int | None,
+        *,
+        gpus: int = 1,
     ) -> MemoryCheck:
-        """For a run's config, without its weights. args: of the iteration that scores most members, which is `iteration`."""
+        """For a run's config, without its weights. args, context: of the iteration that scores most members."""
         return cls(
             read_model_config(config),
             args,
-            Context(prompt, (response,) * len(args.members_at(iteration))),
+            context,
             gpu_memory,
+            gpus=gpus,
             adapter=lora_config(replace(config, use_peft=True)),
             dtype=getattr(torch, config.torch_dtype),
             peft_config=lora_config(config),
@@ -200,7 +201,8 @@ class MemoryCheck:
         rows = "one response at a time" if p.sequential else "one row a triplet" if p.shared else "a row a response"
         lengths = " to ".join(map(str, sorted({min(responses), max(responses)})))
         text = f"{_size(p.peak).strip()} for a prompt of {self.context.prompt} and {len(responses)} responses of "
-        return f"{text}{lengths} tokens, {rows}"
+        shards = self.options.get("gpus", 1)
+        return f"{text}{lengths} tokens, {rows}" + (f", on each of {shards} GPUs under FSDP2" if shards > 1 else "")
 
     def verdict(self) -> str:
         """The peak against the GPU in one line. Raises ValueError, with the remedies, where it does not fit."""

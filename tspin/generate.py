@@ -1,5 +1,8 @@
 """Responses sampled from exactly the policy that is trained, kept as token ids in resumable shards.
 
+`sample_responses` is the reference of what a backend does; `tspin.continuous` and `tspin.remote` hold the others, with
+the same arguments and result, and `tspin.backends` picks one.
+
 Deliberately not `model.generate`: its effective defaults (top_k = 50, the model's own generation_config) are another
 distribution than the one whose log-probabilities the loss compares, and its random stream is shared by the batch.
 
@@ -16,7 +19,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +32,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from tspin.model import vocabulary_size
 from tspin.storage import read_shard, remove_partial, shard_request, write_shard
 
 if TYPE_CHECKING:
@@ -55,6 +60,17 @@ class Generation:
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
     text: str
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How shards are sampled: by a function with the arguments and the result of `sample_responses`.
+
+    facts: what of it determines the responses; stored with the shards, so that those of two backends are not mixed.
+    """
+
+    sample: Callable[..., list[Generation]]
+    facts: Mapping[str, Any]
 
 
 def derived_seed(seed: int, name: str) -> int:
@@ -146,7 +162,8 @@ def _decode_batch(
         logits = model(**inputs, use_cache=True).logits[:, -1]
         if logits.isnan().any():
             raise ValueError(
-                "model gave NaN logits while sampling; its weights are broken, or a lower precision overflows"
+                "model gave NaN logits while sampling; its weights are broken, or a lower precision overflows: restore the "
+                "checkpoint, or set torch_dtype: float32 and fp16: false"
             )
         chosen = next_tokens(logits, uniforms[live, step], **sampling)
         collected[live, step] = chosen
@@ -189,8 +206,7 @@ def sample_responses(
     """
     from tspin.data import stop_token_ids
 
-    _check_sampling(max_new_tokens, temperature, top_p, top_k, batch_size)
-    _check_examples(examples)
+    check_request(model, examples, max_new_tokens, temperature, top_p, top_k, batch_size)
     stop_ids = sorted(stop_token_ids(tokenizer, model.generation_config))
     pad_id = cast(int, stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
     stops = torch.tensor(stop_ids, device=model.device)
@@ -202,17 +218,22 @@ def sample_responses(
             batch = order[start : start + batch_size]
             uniforms = torch.stack([row_uniforms(seed, examples[i].row, max_new_tokens) for i in batch])
             prompts = [examples[i].prompt_ids for i in batch]
-            decoded = _decode_batch(model, prompts, uniforms.to(model.device), stops, pad_id, sampling)
+            try:
+                decoded = _decode_batch(model, prompts, uniforms.to(model.device), stops, pad_id, sampling)
+            except IndexError as error:
+                raise ValueError(
+                    f"max_new_tokens: want room in the model's positions, got {max_new_tokens} behind a prompt of "
+                    f"{max(map(len, prompts))} tokens; lower max_new_tokens or max_length"
+                ) from error
             for i, (ids, stop) in zip(batch, decoded):
-                text = cast(str, tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-                generations[i] = Generation(ids, "stop" if stop else "length", text)
+                generations[i] = Generation(ids, "stop" if stop else "length", text_of(tokenizer, ids))
             if progress is not None:
                 progress.update(len(batch))
     return [generations[i] for i in range(len(examples))]
 
 
 def generate_responses(
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     directory: str | Path,
@@ -228,6 +249,7 @@ def generate_responses(
     num_processes: int = 1,
     autocast_dtype: torch.dtype | None = None,
     model_id: str = "",
+    backend: Backend | None = None,
     desc: str = "generate",
 ) -> None:
     """Write one response per example to `directory`, `shard_size` examples to a parquet shard (see `tspin.storage`).
@@ -236,14 +258,18 @@ def generate_responses(
     Shard s belongs to process s % num_processes, so the same rows get the same seeds and batches whatever their number.
 
     Args:
+        model: None where the backend has its own.
         model_id: what identifies the weights; stored, so that shards of another model are refused.
+        backend: what samples; None for `sample_responses`.
     Raises:
         ValueError: as `sample_responses`; shards of another request lie in `directory`; no space left.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size: want at least 1, got {shard_size}; 512 is the default")
-    _check_sampling(max_new_tokens, temperature, top_p, top_k, batch_size)
-    _check_examples(examples)
+    check_request(model, examples, max_new_tokens, temperature, top_p, top_k, batch_size)
+    if backend is None:
+        facts = {"backend": "transformers", "batch_size": batch_size, "autocast": str(autocast_dtype)}
+        backend = Backend(sample_responses, facts)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     request: dict[str, Any] = {
@@ -252,8 +278,7 @@ def generate_responses(
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,
-        "batch_size": batch_size,
-        "autocast": str(autocast_dtype),
+        **backend.facts,
         "rows": len(examples),
         "shard_size": shard_size,
         "prompts": _prompts_hash(examples),
@@ -271,7 +296,7 @@ def generate_responses(
             if read_shard(directory, index, request) is not None:
                 bar.update(len(rows))
                 continue
-            generations = sample_responses(
+            generations = backend.sample(
                 model,
                 tokenizer,
                 rows,
@@ -312,7 +337,16 @@ def read_generations(directory: str | Path) -> dict[int, Generation]:
     return generations
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_p: float, top_k: int, batch_size: int) -> None:
+def check_request(
+    model: PreTrainedModel | None,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    batch_size: int,
+) -> None:
+    """Raise ValueError where an argument of `sample_responses` is out of range, a row comes twice or its tokens do not fit."""
     for name, value, good, wanted in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "at least 0 (0 is greedy)"),
@@ -322,16 +356,24 @@ def _check_sampling(max_new_tokens: int, temperature: float, top_p: float, top_k
     ):
         if not good:
             raise ValueError(f"{name}: want {wanted}, got {value}")
-
-
-def _check_examples(examples: Sequence[Example]) -> None:
     seen: set[int] = set()
+    vocabulary = math.inf if model is None else vocabulary_size(model)
     for example in examples:
+        if (most := max((*example.prompt_ids, *example.response_ids), default=0)) >= vocabulary:
+            raise ValueError(
+                f"tokenizer: want token ids below {vocabulary}, as the model has embeddings, got {most} in row "
+                f"{example.row}; use the model's own tokenizer"
+            )
         if example.row in seen:
             raise ValueError(f"examples: want each row once, got row {example.row} twice; rows key seeds and responses")
         if not example.prompt_ids:
             raise ValueError(f"examples: want a token to start from, got an empty prompt in row {example.row}")
         seen.add(example.row)
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """What a reader is shown of a response: its tokens without the special ones."""
+    return cast(str, tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _prompts_hash(examples: Sequence[Example]) -> str:

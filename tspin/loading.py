@@ -22,6 +22,9 @@ from transformers import (
     set_seed,
 )
 
+from tspin.sharding import whole_on_each_process
+from tspin.storage import read_json
+
 if TYPE_CHECKING:
     from tspin.config import SelfPlayConfig
     from tspin.trainer import TSPINConfig
@@ -51,7 +54,7 @@ def load_model(
             bitsandbytes; they can then be trained by adapters only.
         device: where the weights go.
     Raises:
-        ValueError: the checkpoint is pickled, damaged, or lacks weights of the model; bitsandbytes is missing.
+        ValueError: the checkpoint is pickled, damaged, an adapter, or lacks weights of the model; bitsandbytes is missing.
     """
     # Without it transformers asks a hub service to convert a pickled checkpoint and waits for the answer.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -63,6 +66,15 @@ def load_model(
                 f"model_name_or_path: want safetensors, got the pickled {os.path.join(name_or_path, pickled[0])}, "
                 "which can run code when it is loaded; convert to safetensors with save_pretrained where you trust it"
             )
+        if "adapter_config.json" in files:
+            raise ValueError(_is_adapter(name_or_path))
+        for index in (name for name in files if name.endswith(".safetensors.index.json")):
+            named = read_json(os.path.join(name_or_path, index)).get("weight_map", {}).values()
+            if outside := [name for name in named if os.path.basename(name) != name]:
+                raise ValueError(
+                    f"model_name_or_path: want an index of files beside it, {os.path.join(name_or_path, index)} names "
+                    f"{outside[0]}; save the model again with save_pretrained"
+                )
     quantized = {}
     if quantization != "none":
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -75,22 +87,25 @@ def load_model(
         )
         quantized = {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": device}}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            revision=revision or "main",
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            **quantized,
-        )
+        with whole_on_each_process():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name_or_path,
+                revision=revision or "main",
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                **quantized,
+            )
     except Exception as error:
         raise ValueError(
             f"model_name_or_path: cannot load {name_or_path!r}: {error}; want a directory or hub name of a causal LM "
             "with config.json and intact safetensors weights"
         ) from error
     model, info = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(_is_adapter(name_or_path))
     if info["missing_keys"]:
         raise ValueError(
             f"model_name_or_path: {name_or_path!r} lacks the weights {sorted(info['missing_keys'])[:5]}, which would "
@@ -103,6 +118,13 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _is_adapter(name: str) -> str:
+    return (
+        f"model_name_or_path: want a whole model, got the adapter {name}, which takes its weights from a model that it names; "
+        "merge the two with peft's merge_and_unload, and save_pretrained the result"
+    )
 
 
 def load_tokenizer(
@@ -155,6 +177,15 @@ def model_of(
         quantization="none" if whole else config.quantization,
         device=device,
     )
+
+
+def local_directory(name_or_path: str, revision: str | None = None) -> str:
+    """The directory of a model: itself, or the snapshot of a hub name, which is downloaded where it is not cached."""
+    if os.path.isdir(name_or_path):
+        return os.path.abspath(name_or_path)
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(name_or_path, revision=revision)
 
 
 def tokenizer_of(config: SelfPlayConfig, *, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import pyarrow as pa
@@ -30,12 +31,15 @@ from transformers import PreTrainedModel, ProgressCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from tspin import storage
-from tspin.callbacks import Progress, Sealing, wait_for_everyone
+from tspin.backends import Samplers
+from tspin.cards import write_cards
+from tspin.checkpoints import Checkpoints, Progress, Sealing, wait_for_everyone
 from tspin.config import SelfPlayConfig
 from tspin.data import Example, TripletCollator, build_triplets, load_examples
 from tspin.evaluate import evaluate, generate_answers, read_references, write_references
 from tspin.generate import derived_seed, generate_responses, read_generations
-from tspin.loading import lora_config, model_of, tokenizer_of
+from tspin.harness import Harness, benchmarks, task_scores
+from tspin.loading import local_directory, lora_config, model_of, tokenizer_of
 from tspin.pairs import fresh_summary, pair_table
 from tspin.report import iteration_table, write_report
 from tspin.scoring import scoring_options
@@ -47,6 +51,7 @@ logger = logging.getLogger(__name__)
 FRESH_ROWS = 256
 _PACKAGES = ("tspin", "torch", "transformers", "accelerate", "datasets", "peft", "tokenizers", "numpy", "pyarrow")
 _NOT_OF_THE_MODEL = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "complete.json")
+_NOT_OF_THE_MODEL += ("pytorch_model_fsdp_*", "optimizer_*", "global_step*", "latest", "zero_to_*.py")
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,11 @@ class SelfPlay:
     def __init__(self, config: SelfPlayConfig):
         self.config = config
         self.directory = Path(config.output_dir)
+        if config.generation_backend == "openai" and config.generation_server_command is None:
+            raise ValueError(
+                "generation_server_command: want the command of a server, got null; each iteration samples from other "
+                "weights, so the loop starts one for each, and a server at generation_url serves `tspin generate` only"
+            )
 
     def run(self, *, report: bool = True) -> RunResult:
         """Do what is not yet done and return the final policy; without `report` no report is written at the end.
@@ -81,11 +91,19 @@ class SelfPlay:
         self.is_main, self.rank, self.world = state.is_main_process, state.process_index, state.num_processes
         with storage.run_lock(self.directory, self.rank), storage.disk_errors(self.directory):
             self._open()
-            if self.held_out:
-                initial = self.directory / "eval_initial.json"
-                self._stage("eval_initial", lambda: self._evaluate(0, initial), self._holds("eval_initial", initial))
-            for t in range(self.config.iterations):
-                self._iterate(t)
+            self._survey()
+            log = self.directory / "server.log"
+            self.samplers = Samplers(self.config, self.tokenizer, self._read, self._weights, log, self.autocast)
+            with self.samplers:
+                if self.held_out or self.harness:
+                    initial = self.directory / "eval_initial.json"
+                    is_evaluated = self._holds("eval_initial", *self._evaluation(initial))
+                    self._stage("eval_initial", lambda: self._evaluate(0, initial), is_evaluated)
+                for t in range(self.config.iterations):
+                    self._iterate(t)
+            if self.is_main:
+                self._name_damage()
+                write_cards(self.directory)
             if self.is_main and report:
                 self._report()
             wait_for_everyone()
@@ -96,12 +114,12 @@ class SelfPlay:
     def _iterate(self, t: int) -> None:
         here, following, args = self._at(t), self._at(t + 1), self._training_args(t)
         is_last, is_sft = t + 1 == self.config.iterations, args.method == "sft"
-        proto, checkpoints = self.directory / "proto", storage.Checkpoints(here / "checkpoints")
-        # What is done is looked at again only while something still needs it.
-        passed = not is_last and f"{following.name}/train" in self.done
-        exported = passed or self._holds(f"{here.name}/model", here / "model")
-        trained = exported or (f"{here.name}/train" in self.done and checkpoints.final() is not None)
-        built = trained or self._holds(f"{here.name}/triplets", here / "triplets.parquet")
+        proto, checkpoints = self.directory / "proto", Checkpoints(here / "checkpoints")
+        if self.is_main:
+            self._restore_metrics(t, checkpoints)
+        exported, trained = self.exported[t], self.trained[t]
+        # The pairs still need the triplets after the training.
+        built = (trained and self._is_paired(t)) or self._holds(f"{here.name}/triplets", here / "triplets.parquet")
         synthesised = built or is_sft or self._holds(f"{here.name}/synthetic", here / "synthetic")
         has_proto = built or "proto" not in args.members_at(t) or self._holds("proto", proto)
         wait_for_everyone()
@@ -114,14 +132,17 @@ class SelfPlay:
         borrows = not (is_last or is_sft)
         samples = following / "synthetic" if borrows else here / "fresh"
         name, rows = (f"{following.name}/synthetic", None) if borrows else (f"{here.name}/fresh", FRESH_ROWS)
-        is_evaluated = self._holds(f"{here.name}/eval", here / "eval.json")
-        is_paired = self._holds(f"{here.name}/pairs", here / "pairs.parquet")
+        is_paired, is_evaluated = self._is_paired(t), self._is_evaluated(t)
         is_sampled = is_paired or self._holds(name, samples)
+        first = self._at(0) / "synthetic"
+        has_first = is_paired or is_sft or self._holds(f"{first.parent.name}/synthetic", first)
         wait_for_everyone()
         self._stage(name, lambda: self._generate(following.name, t + 1, samples, rows), is_sampled)
+        self._stage(f"{first.parent.name}/synthetic", lambda: self._generate(first.parent.name, 0, first), has_first)
         self._stage(f"{here.name}/pairs", lambda: self._pair(t, args, samples), is_paired)
         self._stage(f"{here.name}/eval", lambda: self._evaluate(t + 1, here / "eval.json"), is_evaluated)
         if self.is_main and not is_evaluated:
+            write_cards(self.directory)
             Console().print(iteration_table(self.directory))
 
     def _report(self) -> None:
@@ -134,12 +155,63 @@ class SelfPlay:
     def _at(self, t: int) -> Path:
         return self.directory / f"iter_{t:02d}"
 
-    def _holds(self, name: str, path: Path) -> bool:
+    def _holds(self, name: str, *paths: Path) -> bool:
         """Whether the stage is done and what it wrote is still what it wrote."""
-        return name in self.done and storage.content_hash(path) == self.done[name]["sha256"]
+        return name in self.done and self.done[name] == self._hashes(*paths)
 
-    def _stage(self, name: str, work: Callable[[], Path], holds: bool) -> None:
-        """Run `work` on every process unless the stage holds; the main process then records the hash of its output."""
+    def _hashes(self, *paths: Path) -> dict[str, str | None]:
+        return {str(path.relative_to(self.directory)): storage.content_hash(path) for path in paths}
+
+    def _made(self, name: str) -> str:
+        """The hash of what a stage wrote."""
+        return next(iter(self.done[name].values()))
+
+    def _survey(self) -> None:
+        """Of which iterations the policy is there, and of which at least the last checkpoint, or neither needed any more.
+
+        What is done is looked at again only while something still needs it.
+        """
+        self.exported, self.trained, later = {}, {}, False
+        for t in reversed(range(self.config.iterations)):
+            name, here = self._at(t).name, self._at(t)
+            passed = later and self._is_paired(t) and self._is_evaluated(t)
+            self.exported[t] = passed or self._holds(f"{name}/model", here / "model")
+            whole = not self.exported[t] and f"{name}/train" in self.done and Checkpoints(here / "checkpoints").final()
+            self.trained[t] = later = self.exported[t] or bool(whole)
+
+    def _is_paired(self, t: int) -> bool:
+        return self._holds(f"{self._at(t).name}/pairs", self._at(t) / "pairs.parquet")
+
+    def _is_evaluated(self, t: int) -> bool:
+        here = self._at(t)
+        return self._holds(f"{here.name}/eval", *self._evaluation(here / "eval.json"))
+
+    def _evaluation(self, path: Path) -> tuple[Path, ...]:
+        """The files of an evaluation whose scores are at `path`: those, and the answers that they judge."""
+        return (path, path.with_suffix("")) if self.held_out or self.harness else (path,)
+
+    def _restore_metrics(self, t: int, checkpoints: Checkpoints) -> None:
+        """The training log, if it is damaged, as the last checkpoint has it."""
+        name, metrics = f"{self._at(t).name}/train", self._at(t) / "metrics.jsonl"
+        if name in self.done and not self._holds(name, metrics) and (final := checkpoints.final()):
+            logger.warning("%s is missing or altered: written again from %s", metrics, final)
+            storage.write_atomic(
+                metrics, storage.json_lines(storage.read_json(final / "trainer_state.json")["log_history"])
+            )
+
+    def _name_damage(self) -> None:
+        """Name what was altered and is not made again, because nothing reads it any more."""
+        for name, record in self.done.items():
+            for path, made in record.items():
+                if storage.content_hash(self.directory / path) != made:
+                    logger.warning(
+                        "%s is missing or altered since %s made it; nothing that is left to do reads it, so it stays as it is: "
+                        "restore it from a copy if you need it",
+                        *(self.directory / path, name),
+                    )
+
+    def _stage(self, name: str, work: Callable[[], Path | tuple[Path, ...]], holds: bool) -> None:
+        """Run `work` on every process unless the stage holds; the main process then records the hashes of its output."""
         if holds:
             return
         if name in self.done:
@@ -147,13 +219,15 @@ class SelfPlay:
         else:
             logger.info("%s", name)
         with timed(self.directory / "timings.jsonl", name) if self.is_main else nullcontext():
-            path = work()
+            made = work()
             wait_for_everyone()
         if self.is_main:
-            record = {"path": str(path.relative_to(self.directory)), "sha256": storage.content_hash(path)}
-            storage.write_json(self.directory / "state.json", {"done": {**self.done, name: record}})
+            record = self._hashes(*(made if isinstance(made, tuple) else (made,)))
+            if self.done.get(name, record) != record:
+                logger.warning("%s came out with other bits than before; what later stages made stems from those", name)
+            storage.write_record(self.directory / "state.json", {"done": {**self.done, name: record}})
         wait_for_everyone()
-        self.done = storage.read_json(self.directory / "state.json")["done"]
+        self.done = storage.read_record(self.directory / "state.json")["done"]
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
@@ -162,10 +236,15 @@ class SelfPlay:
         """ValueError where the directory belongs to another config and `allow_config_change` is not set."""
         path = self.directory / "config.yaml"
         if path.exists() and not self.config.allow_config_change:
-            pairs = self.config.diff(SelfPlayConfig.from_file(path))
+            try:
+                pairs = self.config.diff(SelfPlayConfig.from_file(path))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path} is damaged ({error}); restore it, or delete {path}, and the same command writes it anew"
+                ) from error
             if changes := [f"{key}: {old!r} -> {new!r}" for key, new, old in pairs]:
                 raise ValueError(
-                    f"output_dir {self.directory} belongs to a run with another config ({'; '.join(changes)}); "
+                    f"output_dir {self.directory} belongs to a run with another config (config.yaml: {'; '.join(changes)}); "
                     "undo the change, choose another output_dir, or set allow_config_change: true"
                 )
 
@@ -174,9 +253,10 @@ class SelfPlay:
         config, path = self.config, self.directory / "config.yaml"
         if self.is_main:
             self.refuse_changes()
+        self.harness = Harness(benchmarks(config.tasks), config.include_path) if config.tasks else None
         record_path = self.directory / "run.json"
-        known = storage.read_json(record_path) if record_path.exists() else None
-        fingerprint, self.revision = storage.fingerprint(config.model_name_or_path, config.model_revision, known)
+        known = storage.read_record(record_path) if record_path.exists() else None
+        self.fingerprint, self.revision = storage.fingerprint(config.model_name_or_path, config.model_revision, known)
         self.tokenizer = tokenizer_of(config, revision=self.revision)
         self.pad_token_id = cast(int, self.tokenizer.pad_token_id)
         with PartialState().main_process_first():
@@ -190,63 +270,77 @@ class SelfPlay:
                 "device": str(PartialState().device),
                 "platform": platform.platform(),
                 "versions": {"python": platform.python_version(), **storage.package_versions(_PACKAGES)},
-                "model": fingerprint,
+                "model": self.fingerprint,
                 "data": {"rows": len(self.examples), "sha256": _examples_hash(self.examples)},
                 "eval_data": {"rows": len(self.held_out), "sha256": _examples_hash(self.held_out)},
             }
             storage.bind(record_path, record, allow_change=config.allow_config_change)
             if not (self.directory / "state.json").exists():
-                storage.write_json(self.directory / "state.json", {"done": {}})
+                storage.write_record(self.directory / "state.json", {"done": {}})
             draft = self.directory / ".config.yaml.tmp"
             config.save(draft)
             storage.write_atomic(path, draft.read_bytes())
         wait_for_everyone()
-        self.done: dict[str, Any] = storage.read_json(self.directory / "state.json")["done"]
+        self.done: dict[str, dict[str, Any]] = storage.read_record(self.directory / "state.json")["done"]
 
     def _training_args(self, t: int) -> TSPINConfig:
         seed = derived_seed(self.config.seed, f"{self._at(t).name}/train")
         fixed = {"output_dir": str(self._at(t) / "checkpoints"), "seed": seed, "data_seed": seed}
-        # Rotation waits for the seal (see tspin.callbacks), a checkpoint without optimizer state cannot be resumed, and one
+        fixed |= {"run_name": f"{self.directory.name}/{self._at(t).name}"}
+        # Rotation waits for the seal (see tspin.checkpoints), a checkpoint without optimizer state cannot be resumed, and one
         # process may wait for hours while another finishes its shards.
         fixed |= {"save_total_limit": None, "save_only_model": False, "ddp_timeout": 7 * 24 * 3600}
         return TSPINConfig(**self.config.training_at(t) | fixed)
 
-    def _required(self, t: int, name: str) -> Path:
-        """A file or directory of iteration t that only that iteration makes."""
-        path = self._at(t) / name
-        if not path.exists():
-            raise ValueError(
-                f"{path} is missing; restore it, or delete {self._at(t)} and all later iterations, "
-                "and the same command makes them again"
-            )
-        return path
-
     def _load(self, t: int, whole: bool = False) -> PreTrainedModel:
         """The weights of pi_t, on this process's device; `whole` in the precision in which they are kept."""
-        path = self._required(t - 1, "model") if t > 0 else None
-        device, named = cast(torch.device, PartialState().device), path and str(path)
+        # A sampler may hold the device's memory.
+        self.samplers.close()
+        return self._read(t, whole)
+
+    def _read(self, t: int, whole: bool = False) -> PreTrainedModel:
+        path = self._at(t - 1) / "model"
+        if t > 0 and not self._holds(f"{self._at(t - 1).name}/model", path):
+            raise ValueError(
+                f"{path} is missing or altered; restore it, or delete {self._at(t - 1)} and all later iterations, "
+                "and the same command makes them again"
+            )
+        device, named = cast(torch.device, PartialState().device), None if t == 0 else str(path)
         return model_of(self.config, named, revision=self.revision, whole=whole, device=device)
+
+    def _weights(self, t: int) -> str:
+        """The directory of pi_t."""
+        if t == 0:
+            return local_directory(self.config.model_name_or_path, self.revision)
+        return str((self._at(t - 1) / "model").absolute())
 
     def _generate(self, name: str, t: int, directory: Path, rows: int | None = None) -> Path:
         """Sample responses of pi_t with the seed of `name` into `directory`."""
-        generate_responses(
-            self._load(t),
-            self.tokenizer,
-            self.examples[:rows],
-            directory,
-            seed=derived_seed(self.config.seed, f"{name}/synthetic"),
-            temperature=self.config.temperature,
-            top_p=self.config.top_p,
-            top_k=self.config.top_k,
-            max_new_tokens=self.config.max_new_tokens,
-            batch_size=self.config.generation_batch_size,
-            desc=f"{directory.parent.name}/{directory.name}",
-            **self._sharding(t),
-        )
+        if self._samples():
+            generate_responses(
+                tokenizer=self.tokenizer,
+                examples=self.examples[:rows],
+                directory=directory,
+                seed=derived_seed(self.config.seed, f"{name}/synthetic"),
+                temperature=self.config.temperature,
+                top_p=self.config.top_p,
+                top_k=self.config.top_k,
+                desc=f"{directory.parent.name}/{directory.name}",
+                **self._decoding(t),
+            )
         return directory
 
+    def _samples(self) -> bool:
+        """Whether this process samples: all do, but a server is the main process's alone."""
+        return self.is_main or self.config.generation_backend != "openai"
+
+    def _decoding(self, t: int) -> dict[str, Any]:
+        alone = {"process_index": 0, "num_processes": 1} if self.config.generation_backend == "openai" else {}
+        decoding = {"max_new_tokens": self.config.max_new_tokens, "batch_size": self.config.generation_batch_size}
+        return decoding | self.samplers.at(t) | self._sharding(t) | alone
+
     def _sharding(self, t: int) -> dict[str, Any]:
-        model_id = "pi_0" if t == 0 else self.done[f"{self._at(t - 1).name}/model"]["sha256"]
+        model_id = storage.hash_json(self.fingerprint) if t == 0 else self._made(f"{self._at(t - 1).name}/model")
         processes = {"process_index": self.rank, "num_processes": self.world}
         return {
             "shard_size": self.config.shard_size,
@@ -288,12 +382,12 @@ class SelfPlay:
             sources.insert(0, self._at(t - 1) / "synthetic")
         return pa.concat_tables([build_triplets(self.examples, read_generations(s), proto, **limits) for s in sources])
 
-    def _train(self, t: int, args: TSPINConfig, checkpoints: storage.Checkpoints) -> Path:
+    def _train(self, t: int, args: TSPINConfig, checkpoints: Checkpoints) -> Path:
         """Train pi_{t+1} from pi_t up to a final checkpoint; optimizer and schedule start afresh."""
         metrics = self._at(t) / "metrics.jsonl"
         adapter = [self.config.use_peft, self.config.lora_r, self.config.lora_alpha, self.config.lora_target_modules]
         settings = [self.config.training_at(t), self.config.torch_dtype, adapter, args.seed]
-        triplets = self.done[f"{self._at(t).name}/triplets"]["sha256"]
+        triplets = self._made(f"{self._at(t).name}/triplets")
         checkpoints.origin = {"processes": self.world, "settings": settings, "triplets": triplets}
         if self.is_main:
             checkpoints.remove_unusable()
@@ -311,17 +405,24 @@ class SelfPlay:
                 callbacks=[Sealing(checkpoints, metrics, self.config.training_at(t).get("save_total_limit"))],
                 iteration=t,
             )
+            trainer.diagnostics = str(self._at(t) / "diagnostics")
             trainer.remove_callback(ProgressCallback)
             if not args.disable_tqdm:
                 trainer.add_callback(Progress)
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            try:
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            except UnpicklingError as error:
+                raise ValueError(
+                    f"{last} holds more than tensors and numbers, as training never writes, and is not loaded; "
+                    f"delete {last}, and the same command goes on from an earlier one"
+                ) from error
         wait_for_everyone()
         if self.is_main:
             log = storage.read_json(cast(Path, checkpoints.final()) / "trainer_state.json")["log_history"]
             storage.write_atomic(metrics, storage.json_lines(log))
         return metrics
 
-    def _export(self, t: int, checkpoints: storage.Checkpoints) -> Path:
+    def _export(self, t: int, checkpoints: Checkpoints) -> Path:
         """The final checkpoint as a plain model: weights (an adapter is merged into pi_t), configs and tokenizer."""
         directory, final = self._at(t) / "model", cast(Path, checkpoints.final())
         if self.is_main:
@@ -343,26 +444,30 @@ class SelfPlay:
         """Write what pi_{t+1} makes, pair by pair, of the first training rows: of their triplets and of its new samples."""
         path, first = self._at(t) / "pairs.parquet", self._at(0) / "synthetic"
         if self.is_main:
-            self._required(t, "model")
-            trained, drawn = pq.read_table(self._required(t, "triplets.parquet")), read_generations(samples)
-            initial = read_generations(first) if first.exists() else None
+            trained, drawn = pq.read_table(self._at(t) / "triplets.parquet"), read_generations(samples)
+            initial = None if args.method == "sft" else read_generations(first)
             rows = self.examples[:FRESH_ROWS]
             table = pair_table(self._load, args, t, trained, rows, drawn, initial, pad_token_id=self.pad_token_id)
             storage.write_parquet(path, table)
         wait_for_everyone()
         return path
 
-    def _evaluate(self, t: int, path: Path) -> Path:
+    def _evaluate(self, t: int, path: Path) -> tuple[Path, ...]:
         """Write what pi_t scores on the held-out rows, and what its fresh pairs come to."""
-        model, result, seed = self._load(t), {"iteration": t - 1}, derived_seed(self.config.seed, "eval")
+        result, seed = {"iteration": t - 1}, derived_seed(self.config.seed, "eval")
         answers, sampled = path.with_suffix(""), self.config.eval_sampled
-        if self.held_out:
-            decoding = {"max_new_tokens": self.config.max_new_tokens, "batch_size": self.config.generation_batch_size}
-            options = {"seed": seed, "sampled": sampled, **decoding, **self._sharding(t)}
-            generate_answers(model, self.tokenizer, self.held_out, answers, **options)
+        if self.held_out and self._samples():
+            options = {"seed": seed, "sampled": sampled, **self._decoding(t)}
+            generate_answers(tokenizer=self.tokenizer, examples=self.held_out, directory=answers, **options)
         wait_for_everyone()
+        args = self._training_args(0)
+        # The harness deals its requests over all processes.
+        model: Any = self.samplers.scorer(t) or self._load(t) if self.is_main or self.harness else None
+        if self.harness:
+            options = {"limit": self.config.tasks_limit, "batch_size": args.per_device_eval_batch_size}
+            options |= {"model_id": self._sharding(t)["model_id"], "autocast_dtype": self.autocast}
+            result |= task_scores(self.harness.run(model, self.tokenizer, answers / "tasks", **options))
         if self.is_main:
-            args = self._training_args(0)
             scoring = {"autocast_dtype": self.autocast, **scoring_options(args, model)}
             size, pattern = args.per_device_eval_batch_size, self.config.answer_pattern
             if self.held_out:
@@ -372,8 +477,8 @@ class SelfPlay:
                 result |= fresh_summary(pq.read_table(path.with_name("pairs.parquet")))
             storage.write_json(path, result)
         wait_for_everyone()
-        return path
+        return self._evaluation(path)
 
 
 def _examples_hash(examples: list[Example]) -> str:
-    return storage.hash_json([[e.row, e.prompt_ids, e.response_ids, e.response] for e in examples])
+    return storage.hash_json([[e.row, e.prompt_ids, e.response_ids, e.response, *e.choices] for e in examples])

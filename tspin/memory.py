@@ -2,8 +2,9 @@
 
 The step is traced on tensors without data (tspin.tracing) from the model's config alone: its own layers, attention, adapters and
 checkpointing run, so there is no formula for any architecture, and what a term counts is what the code allocates. The
-loss head comes from tspin_kernels' planner, the optimizer from one real step on a small weight. One process is priced:
-what DDP's buckets add or sharding saves is not. It deliberately reads no weights and no data.
+loss head comes from tspin_kernels' planner, the optimizer from one real step on a small weight. One process is priced, or
+one of several that FSDP2 divides the model over, which is arithmetic and no trace; what DDP's buckets add is not. It
+deliberately reads no weights and no data.
 
 P prompt tokens, L tokens of a response, G members of a triplet.
 """
@@ -29,13 +30,14 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from tspin.model import causal_lm, disable_dropout, head_of
 from tspin.optimizers import OptimizerBytes, optimizer_bytes
 from tspin.prefix import NAME, PrefixLayout, layout_inputs, refusal
-from tspin.tracing import WORK, LiveBytes, Select, assume_no_padding, gpu_attention, head_loss
+from tspin.tracing import COPIES, WORK, LiveBytes, Select, assume_no_padding, gpu_attention, head_loss
 
 if TYPE_CHECKING:
     from tspin.trainer import TSPINConfig
 
 WEIGHTS, FROZEN, STATES, GRADIENTS = "weights", "frozen weights", "optimizer states", "gradients"
 KEPT, HEAD, LOGITS = "activations kept for the backward", "output head", "logits"
+TEMPORARIES = "optimizer's temporaries"
 _LAST, _BETWEEN, _FIRST = "backward of the last layer", "backward", "backward of the first layer"
 OPTIMIZER_PHASE = "optimizer"
 BACKWARD_PHASES = ("forward", "loss", _LAST, _BETWEEN, _FIRST)
@@ -98,6 +100,7 @@ def predict_memory(
     iteration: int = 1,
     members: int | None = None,
     quantization: str = "none",
+    gpus: int = 1,
 ) -> MemoryPrediction:
     """The memory of one optimizer step of `TSPINTrainer` on triplets of the given lengths.
 
@@ -113,6 +116,7 @@ def predict_memory(
         sequential: one response at a time; None follows `args.sequential_backward`, "auto" being the joint pass.
         iteration: of the loop, which decides whether there is a proto response; `members` says how many outright.
         quantization: "nf4" or "int8": bits of the frozen weights of linear layers under an adapter.
+        gpus: over which FSDP2 divides weights, gradients and states, layer by layer.
     Raises:
         ValueError: lengths that are not positive, or a model that no causal LM class knows.
     """
@@ -148,10 +152,17 @@ def predict_memory(
         return MemoryPrediction(Context(prompt_tokens, lengths), phases, shared, sequential)
 
     depth = config.get_text_config().num_hidden_layers
-    if depth <= max(_DEPTHS) or not _has_equal_layers(config.to_json_string(), type(config), trust_remote_code):
-        return trace(config)
-    few, more = (trace(_with_depth(config, n)) for n in _DEPTHS)
-    return replace(more, phases=_at_depth(few.phases, more.phases, depth))
+    layers = _LayerSizes.of(config.to_json_string(), type(config), trust_remote_code)
+    if depth <= max(_DEPTHS) or not layers.equal:
+        whole = trace(config)
+    else:
+        few, more = (trace(_with_depth(config, n)) for n in _DEPTHS)
+        whole = replace(more, phases=_at_depth(few.phases, more.phases, depth))
+    if gpus == 1:
+        return whole
+    itemsize = (args.autocast_dtype or dtype).itemsize
+    sharded = _Sharded(gpus, layers.largest * itemsize, layers.rest * itemsize)
+    return replace(whole, phases={phase: sharded.applied(phase, terms) for phase, terms in whole.phases.items()})
 
 
 def _with_depth(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -165,16 +176,27 @@ def _with_depth(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return config
 
 
-@lru_cache
-def _has_equal_layers(as_json: str, kind: type[PreTrainedConfig], trust_remote_code: bool) -> bool:
-    config = kind.from_dict(json.loads(as_json))
-    text = config.get_text_config()
-    if len(set(getattr(text, "layer_types", None) or ())) > 1:
-        return False
-    with _quiet(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    layers = _layers(model, text.num_hidden_layers)
-    return len({(type(layer), *((n, p.shape) for n, p in layer.named_parameters())) for layer in layers}) == 1
+@dataclass(frozen=True)
+class _LayerSizes:
+    """Whether all layers are alike; elements of the largest, and of what is in no layer."""
+
+    equal: bool
+    largest: int
+    rest: int
+
+    @classmethod
+    @lru_cache
+    def of(cls, as_json: str, kind: type[PreTrainedConfig], trust_remote_code: bool) -> _LayerSizes:
+        config = kind.from_dict(json.loads(as_json))
+        text = config.get_text_config()
+        with _quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        layers = _layers(model, text.num_hidden_layers)
+        kinds = {(type(layer), *((n, p.shape) for n, p in layer.named_parameters())) for layer in layers}
+        sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+        one_type = len(set(getattr(text, "layer_types", None) or ())) <= 1
+        total = sum(p.numel() for p in model.parameters())
+        return cls(one_type and len(kinds) == 1, max(sizes, default=0), total - sum(sizes))
 
 
 def _layers(model: nn.Module, depth: int) -> list[nn.Module]:
@@ -231,7 +253,7 @@ class _Step:
             loss.backward()
             del loss
             live.relabel([p.grad for p in trainable], GRADIENTS)
-            live.label, live.phase = "optimizer's temporaries", OPTIMIZER_PHASE
+            live.label, live.phase = TEMPORARIES, OPTIMIZER_PHASE
             torch.empty(optimizer.temporaries(trainable), dtype=torch.uint8)
         phases = live.peaks()
         phases.pop("before")
@@ -340,6 +362,26 @@ class _Quantized:
         if not self.saved:
             return terms
         return terms | {FROZEN: terms[FROZEN] - self.saved, "a quantized weight made whole": self.whole}
+
+
+@dataclass(frozen=True)
+class _Sharded:
+    """FSDP2 over some GPUs: what lies in shares, and in bytes the layer and the rest that are gathered to be computed with."""
+
+    gpus: int
+    layer: int
+    rest: int
+
+    def applied(self, phase: str, terms: dict[str, int]) -> dict[str, int]:
+        divided = (WEIGHTS, FROZEN, STATES, GRADIENTS, TEMPORARIES)
+        shares = {term: -(-size // self.gpus) if term in divided else size for term, size in terms.items()}
+        # Its gathered weights are the copies that autocast would make.
+        shares.pop(COPIES, None)
+        if phase == OPTIMIZER_PHASE:
+            return shares
+        # One layer at work and the next on its way, and in the backward the gradient of both, not yet in shares.
+        times = 1 if phase == "forward" else 2
+        return shares | {"gathered by FSDP2": times * (2 * self.layer + self.rest)}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -251,6 +251,12 @@ def install_scoring(model: nn.Module) -> None:
     forward.__signature__ = inspect.signature(plain_forward)  # type: ignore
     model.forward = MethodType(forward, model)
     model._scores_sequences = True  # type: ignore
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Rows of the input embeddings: the token ids below it are legal, whatever the tokenizer has."""
+    embeddings: Any = cast(Any, model).get_input_embeddings()
+    return getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
 
 
 def score_batch(model: nn.Module, batch: dict[str, Any], loss_fn: Callable[..., Tensor], **request):

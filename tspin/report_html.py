@@ -338,4 +338,5 @@ def _versions(runs: Sequence[Run]) -> Cells:
 
 
 def _hashes(run: Run) -> Cells:
-    return Cells(["stage", "SHA-256"], [[name, record.get("sha256") or ""] for name, record in run.stages.items()])
+    made = [[name, path, digest or ""] for name, record in run.stages.items() for path, digest in record.items()]
+    return Cells(["stage", "what it made", "SHA-256"], made)

@@ -9,10 +9,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -98,9 +99,12 @@ def _hub_rows(name: str, config_name: str | None, split: str) -> Iterator[tuple[
 
 
 def exchange(
-    record: Any, prompt_column: str | None = None, response_column: str | None = None
+    record: Any, prompt_column: str | None = None, response_column: str | None = None, which: str = "last"
 ) -> tuple[list[dict], dict]:
-    """The turns before the annotated response, and that response as a turn, of one row in any known layout."""
+    """The turns before the annotated response, and that response as a turn, of one row in any known layout.
+
+    which: "last" or "first" answer of a conversation.
+    """
     if isinstance(record, BadRow):
         raise record
     if not isinstance(record, Mapping):
@@ -118,13 +122,25 @@ def exchange(
         raise BadRow(f"column {missing[0]!r} is missing; got columns {sorted(map(str, record))}; want {_LAYOUTS}")
     turns = [] if pair[0] is None else _turns(record[pair[0]], "user", pair[0])
     replies = _turns(record[pair[1]], "assistant", pair[1])
-    last = max((i for i, turn in enumerate(replies) if turn["role"] == "assistant"), default=-1)
-    if last < 0:
+    answers = [i for i, turn in enumerate(replies) if turn["role"] == "assistant"]
+    if not answers:
         raise BadRow(f"column {pair[1]!r}: want an assistant turn, got none; annotate the row")
-    turns = replies[:last] if any(turn["role"] == "user" for turn in replies[:last]) else turns + replies[:last]
+    end = answers[0 if which == "first" else -1]
+    turns = replies[:end] if any(turn["role"] == "user" for turn in replies[:end]) else turns + replies[:end]
     if not turns:
         raise BadRow(f"column {pair[1]!r}: want a user turn before the response, got none; name a --prompt_column")
-    return turns, replies[last]
+    return turns, replies[end]
+
+
+def candidates(record: Mapping, column: str) -> list[str]:
+    """The answers of one row to choose among: a list of texts, one text, or the messages of one (TRL's `rejected`)."""
+    value = record.get(column)
+    if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
+        value = [turn["content"] for turn in _turns(value, "assistant", column)[-1:]]
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise BadRow(f"column {column!r}: want a list of texts to choose among, got {str(value)[:80]!r}; convert it")
+    return texts
 
 
 def _turns(value: Any, role: str, column: str) -> list[dict]:
@@ -140,3 +156,30 @@ def _turns(value: Any, role: str, column: str) -> list[dict]:
         if any("\ud800" <= character <= "\udfff" for character in turn["content"]):
             raise BadRow(f"column {column!r}: want valid Unicode, got a lone surrogate; repair the text")
     return [{key: entry for key, entry in turn.items() if entry is not None} for turn in turns]
+
+
+def check_columns(dataset: Any, ids: list[str], numbers: list[str], vocabulary: int) -> None:
+    """ValueError where a column of `ids` holds anything but lists of the vocabulary's token ids, or one of `numbers` no numbers."""
+    for name in [*ids, *numbers]:
+        try:
+            table = getattr(dataset, "data", None)
+            column = pa.array([row[name] for row in dataset]) if table is None else table.column(name)
+        except (pa.ArrowException, TypeError) as error:
+            raise ValueError(f"dataset: column {name!r} holds values of several types: {error}; convert it") from None
+        kind = column.type
+        if name in numbers:
+            if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+                raise ValueError(f"dataset: column {name!r}: want a number in each row, got {kind}; convert it")
+            continue
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        if pa.types.is_null(kind) or (is_list and pa.types.is_null(kind.value_type)):
+            continue  # empty responses, which the collator names
+        if not (is_list and pa.types.is_integer(kind.value_type)):
+            raise ValueError(f"dataset: column {name!r}: want a list of token ids in each row, got {kind}; tokenise it")
+        flat: Any = column.flatten() if table is None else pa.chunked_array(chunk.flatten() for chunk in column.chunks)
+        least, most = cast(Any, pc).min_max(flat).as_py().values()
+        if least is not None and not 0 <= least <= most < vocabulary:
+            raise ValueError(
+                f"dataset: column {name!r}: want token ids in [0, {vocabulary}), as the model has embeddings, got {least} to "
+                f"{most}; use the model's own tokenizer"
+            )

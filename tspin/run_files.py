@@ -21,23 +21,33 @@ from tspin.config import read_values
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The training log of one iteration: its lines that carry a loss, in order; empty where there is no file."""
-    entries = read_json_lines(path)
-    return [entry for entry in entries if "loss" in entry]
+    return [_numbers(entry) for entry in read_json_lines(path) if "loss" in entry]
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The values of a file of JSON lines, but for a last line that is still being written."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    entries = []
-    for number, line in enumerate(lines):
-        try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            if number + 1 < len(lines):
-                raise ValueError(
-                    f"{path}: want JSON in line {number + 1}, got {line[:80]!r}; restore the file"
-                ) from error
-    return entries
+    """The objects of a file of JSON lines, but for a last line that is still being written.
+
+    Raises:
+        ValueError: another line is damaged; it is named.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = lines if lines and lines[-1].endswith(b"\n") else lines[:-1]
+    return [_json_object(line, f"{path}, line {number}") for number, line in enumerate(whole, 1) if line.strip()]
+
+
+def _json_object(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+        problem = f"want a JSON object, got {type(value).__name__}"
+    except (ValueError, RecursionError) as error:
+        problem = str(error)
+    raise ValueError(f"{where} is damaged: {problem}; restore it, or delete the file") from None
+
+
+def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if isinstance(value, (int, float))}
 
 
 def read_iterations(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -45,7 +55,7 @@ def read_iterations(run_dir: str | Path) -> list[dict[str, Any]]:
     log's own names, and `log`, the log itself. Iterations not yet trained are left out.
 
     Raises:
-        ValueError: the directory holds no run.
+        ValueError: the directory holds no run, or a file of it is damaged.
     """
     directory = Path(run_dir)
     if not (directory / "config.yaml").exists():
@@ -56,10 +66,11 @@ def read_iterations(run_dir: str | Path) -> list[dict[str, Any]]:
         *(
             (int(path.name[5:]), path / "eval.json", read_metrics(path / "metrics.jsonl"))
             for path in sorted(directory.glob("iter_[0-9]*"))
+            if path.name[5:].isdecimal()
         ),
     ]:
-        scores = json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.exists() else {}
-        keys = {key for entry in log for key, value in entry.items() if isinstance(value, (int, float))}
+        scores = _numbers(_json_object(evaluation.read_bytes(), str(evaluation))) if evaluation.exists() else {}
+        keys = {key for entry in log for key in entry}
         means = {key: _mean([entry[key] for entry in log if key in entry]) for key in keys}
         if scores or log:
             rows.append({**means, **scores, "iteration": t, "log": log})

@@ -30,6 +30,7 @@ _REQUEST_KEY = b"tspin.request"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _SCARCE_BYTES = 1 << 20
 _SEAL = "complete.json"
+_CARD = ("README.md", ".README.md.tmp")
 
 
 def _temporary(path: Path) -> Path:
@@ -109,6 +110,29 @@ def read_json(path: str | os.PathLike) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}); restore it, or start in another output_dir") from error
 
 
+def write_record(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with its own hash as the key `seal`, atomically."""
+    write_json(path, {**value, "seal": hash_json(value)})
+
+
+def read_record(path: str | os.PathLike) -> dict[str, Any]:
+    """What `write_record` wrote, every bit of it.
+
+    Raises:
+        ValueError: the file is not what was written, with its name.
+    """
+    try:
+        value = json.loads(Path(path).read_text())
+        if value.pop("seal") == hash_json(value):
+            return value
+        problem = "its contents are not those of its seal"
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise ValueError(
+        f"{path} is damaged ({problem}); restore it, or delete {path}, and the same command makes it anew from what is whole"
+    )
+
+
 def sha256(path: str | os.PathLike) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
@@ -158,15 +182,15 @@ def seal(directory: str | os.PathLike, **facts: Any) -> None:
         for path in directory.rglob("*"):
             if path.is_file():
                 _sync(path)
-    write_json(directory / _SEAL, {**facts, "files": _tree_hashes(directory)})
+    write_record(directory / _SEAL, {**facts, "files": _tree_hashes(directory)})
 
 
 def read_seal(directory: str | os.PathLike) -> dict[str, Any] | None:
-    """What `seal` wrote, or None where a file is missing, added or altered, or there is no seal."""
-    path = Path(directory) / _SEAL
-    if not path.exists():
+    """What `seal` wrote, or None where a file is missing, added or altered, or there is no whole seal."""
+    try:
+        facts = read_record(Path(directory) / _SEAL)
+    except (FileNotFoundError, ValueError):
         return None
-    facts = read_json(path)
     return facts if facts["files"] == _tree_hashes(Path(directory)) else None
 
 
@@ -181,56 +205,6 @@ def _tree_hashes(directory: Path) -> dict[str, str]:
         p for p in directory.rglob("*") if p.is_file() and p.name not in (_SEAL, _temporary(directory / _SEAL).name)
     )
     return {str(path.relative_to(directory)): sha256(path) for path in sorted(files)}
-
-
-class Checkpoints:
-    """The directories checkpoint-<step> of one training; those that are sealed count.
-
-    origin: all that determines the training (settings, data, processes); stored in the seals.
-    """
-
-    def __init__(self, directory: str | os.PathLike, origin: Mapping[str, Any] | None = None):
-        self.directory = Path(directory)
-        self.origin = origin
-
-    def _steps(self) -> list[int]:
-        return sorted(int(path.name.removeprefix("checkpoint-")) for path in self.directory.glob("checkpoint-*"))
-
-    def at(self, step: int) -> Path:
-        return self.directory / f"checkpoint-{step}"
-
-    def last(self) -> Path | None:
-        """The newest whole checkpoint."""
-        return next((self.at(step) for step in reversed(self._steps()) if read_seal(self.at(step))), None)
-
-    def final(self) -> Path | None:
-        """The whole checkpoint of the last step of training, or None while training is not finished."""
-        for step in reversed(self._steps()):
-            facts = read_seal(self.at(step))
-            if facts is not None and step >= facts["max_steps"]:
-                return self.at(step)
-        return None
-
-    def seal(self, step: int, max_steps: int) -> None:
-        """Mark the checkpoint of `step` as whole."""
-        seal(self.at(step), max_steps=max_steps, origin=hash_json(self.origin))
-
-    def rotate(self, limit: int | None) -> None:
-        """Delete all but the newest `limit` checkpoints (at least one; None keeps all)."""
-        for step in self._steps()[: 0 if limit is None else -max(1, limit)]:
-            remove_sealed(self.at(step))
-
-    def remove_unusable(self) -> None:
-        """Delete what a kill left incomplete, and checkpoints of another origin."""
-        for step in self._steps():
-            facts = read_seal(self.at(step))
-            if facts is None:
-                logger.warning("%s is incomplete; training goes on from an earlier one", self.at(step))
-            elif facts["origin"] != hash_json(self.origin):
-                logger.warning("%s was made with other settings, data or processes; deleting it", self.at(step))
-            else:
-                continue
-            remove_sealed(self.at(step))
 
 
 def model_hash(directory: str | os.PathLike) -> str:
@@ -263,10 +237,13 @@ def fingerprint(
 
 
 def content_hash(path: str | os.PathLike) -> str | None:
-    """SHA-256 of a file, or of the names and hashes of all files below a directory; None where there is nothing."""
+    """SHA-256 of a file, or of the names and hashes of all files below a directory; None where there is nothing.
+
+    A directory's card, its README.md, does not count: it tells what came after, as evaluations do.
+    """
     path = Path(path)
     if path.is_dir():
-        return hash_json(_tree_hashes(path))
+        return hash_json({name: digest for name, digest in _tree_hashes(path).items() if name not in _CARD})
     return sha256(path) if path.exists() else None
 
 
@@ -290,7 +267,7 @@ def bind(path: str | os.PathLike, record: Mapping[str, Any], *, allow_change: bo
         ValueError: the directory belongs to another model, or (without `allow_change`) data or number of processes.
     """
     path = Path(path)
-    known = read_json(path) if path.exists() else dict(record)
+    known = read_record(path) if path.exists() else dict(record)
     for key, argument in (("model", "model_name_or_path"), ("data", "dataset"), ("eval_data", "eval_dataset")):
         if known[key] != record[key] and not (allow_change and key != "model"):
             raise ValueError(
@@ -306,7 +283,7 @@ def bind(path: str | os.PathLike, record: Mapping[str, Any], *, allow_change: bo
         if known[key] != record[key]:
             logger.warning("%s was %s, now %s: results may differ in their bits", key, known[key], record[key])
     if not path.exists() or any(known[key] != record[key] for key in ("data", "eval_data", "processes")):
-        write_json(path, record)
+        write_record(path, record)
 
 
 def write_parquet(path: str | os.PathLike, table: pa.Table) -> None:
@@ -357,8 +334,9 @@ def read_shard(directory: str | os.PathLike, index: int, request: Mapping[str, A
 
 def shard_request(directory: str | os.PathLike) -> dict[str, Any] | None:
     """The request of the first whole shard in `directory`, or None."""
-    for path in sorted(Path(directory).glob("shard-*.parquet")):
-        table = read_shard(directory, int(path.name.split("-")[1]))
+    for path in sorted(Path(directory).glob("shard-[0-9]*-*.parquet")):
+        index = path.name.split("-")[1]
+        table = read_shard(directory, int(index)) if index.isdecimal() else None
         if table is not None:
             return json.loads((table.schema.metadata or {}).get(_REQUEST_KEY, b"{}"))
     return None
@@ -374,7 +352,12 @@ def run_lock(directory: str | os.PathLike, process_index: int = 0) -> Iterator[N
         ValueError: another process holds it; its id is named.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f"output_dir: want a directory, got {directory}, which is a file or in one; choose another"
+        ) from error
     path = directory / (".lock" if process_index == 0 else f".lock-{process_index}")
     with open(path, "a+") as file:
         try:

@@ -34,7 +34,7 @@ from tspin_kernels._linear_logprobs import product_dtypes
 from tspin_kernels._plan import DEFAULT_BUDGET, plan_blocks
 from tspin_kernels._rows_torch import _TILE
 
-WORK = "working set"
+WORK, COPIES = "working set", "weight copies of autocast"
 
 
 class LiveBytes(TorchDispatchMode):
@@ -54,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         is_weight_copy = func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter)
-        self.hold(out, "weight copies of autocast" if is_weight_copy else self.label)
+        self.hold(out, COPIES if is_weight_copy else self.label)
         return out
 
     def hold(self, tensors: Any, label: str) -> None:

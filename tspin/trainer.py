@@ -8,29 +8,34 @@ B triplets of a batch, G members of a triplet (chosen = real, rejected = synthet
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
+from tspin import diagnostics
 from tspin.data import MEMBERS, TripletCollator, tokenize_triplets
 from tspin.fitting import MemoryCheck, gpu_memory
 from tspin.loading import add_adapter, load_model, warn_of_rounded_steps
 from tspin.memory import Context
 from tspin.metrics import Meter, reduced, triplet_metrics
-from tspin.model import causal_lm, install_scoring, score_batch
+from tspin.model import causal_lm, install_scoring, score_batch, vocabulary_size
 from tspin.optimizers import spare_copies
 from tspin.prefix import share_prompts
+from tspin.rows import check_columns
 from tspin.scoring import scoring_options, verify_packed_row
 from tspin.sequential import backward_one_by_one
+from tspin.sharding import whole_weights
 from tspin_kernels import SequenceStats, sft_loss, spin_loss, tspin_loss, tspin_ref_loss
 
 logger = logging.getLogger(__name__)
@@ -38,7 +43,7 @@ Batch = dict[str, Any]
 
 
 class NonFiniteLossError(ValueError):
-    """The loss became nan or inf; the weights and the last checkpoint are those before that step."""
+    """Loss, gradient or weights became nan or inf; no checkpoint holds such weights, and only the last case has touched any."""
 
 
 class StepTooLargeError(ValueError, torch.OutOfMemoryError):
@@ -101,6 +106,8 @@ class TSPINConfig(TrainingArguments):
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False
     report_to: str | list[str] | None = "none"
+    # Of transformers, which takes both and says one.
+    fsdp: bool | str | None = None
     remove_unused_columns: bool = False
 
     def __post_init__(self):
@@ -119,6 +126,12 @@ class TSPINConfig(TrainingArguments):
             if not (value > 0 or (may_be_zero and value == 0)):
                 raise ValueError(f"{name}: want a {'non-negative' if may_be_zero else 'positive'} number, got {value}")
         super().__post_init__()
+        # Now, not when the first trainer is made, which in a run is after hours of sampling.
+        if absent := set(self.report_to or ()) - {*get_available_reporting_integrations(), "all"}:
+            package = "'tspin[tensorboard]'" if absent == {"tensorboard"} else f"the packages of {sorted(absent)}"
+            raise ValueError(
+                f"report_to: want trackers that are installed, got {self.report_to}; pip install {package}"
+            )
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -191,7 +204,9 @@ class TSPINTrainer(Trainer):
         iteration: of the loop, from 0; it chooses between beta and beta_first_iteration.
     Raises:
         ValueError: a model that cannot be scored exactly, missing columns, reference methods without references.
-        NonFiniteLossError, StepTooLargeError: from train(), naming the step.
+        NonFiniteLossError: from train(), naming the step; what is known of it lies in `diagnostics` (default
+            output_dir/diagnostics), see `tspin.diagnostics.write_bundle`.
+        StepTooLargeError: from train(), naming the step.
     """
 
     model: nn.Module
@@ -221,24 +236,23 @@ class TSPINTrainer(Trainer):
         self._meter = Meter()
         self._clock: float | None = None
         self._sharing: ExitStack | None = None
+        self._watch, self._watched_step = diagnostics.Watch(), 0
+        self.scored: list[tuple[Batch, SequenceStats]] = []
+        self.diagnostics = f"{args.output_dir}/diagnostics"
         self.sequential = args.sequential_backward == "on"
         model = load_model(model) if isinstance(model, str) else model
         if peft_config is not None:
             model = add_adapter(model, peft_config, seed=args.seed)
         install_scoring(model)
         train_dataset, eval_dataset = (
-            _with_ids(dataset, args, self.members, processing_class) for dataset in (train_dataset, eval_dataset)
+            _with_ids(dataset, args, self.members, processing_class, vocabulary_size(causal_lm(model)))
+            for dataset in (train_dataset, eval_dataset)
         )
         super().__init__(
             *(model, args, data_collator, train_dataset, eval_dataset, processing_class),  # type: ignore
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.sequential and self.is_deepspeed_enabled:
-            raise ValueError(
-                "sequential_backward: want 'off' with DeepSpeed, whose engine steps after a backward of its own count, "
-                f"got {args.sequential_backward!r}; shard with FSDP2 instead"
-            )
         if optimizers[0] is None:
             warn_of_rounded_steps(self.model, args)
         # The loss is already divided by the count of get_batch_samples: Trainer must not divide it again.
@@ -254,8 +268,18 @@ class TSPINTrainer(Trainer):
         """As Trainer.train; ValueError from the first batch where a row that shares its prompt differs from separate rows."""
         if self.args.sequential_backward == "auto":
             self.sequential = self._joint_pass_is_too_large()
-        with self._sharing_prompts():
-            return super().train(*args, **kwargs)
+        try:
+            with self._sharing_prompts():
+                result = super().train(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            sharded, check = self.is_fsdp_enabled or self.is_deepspeed_enabled, self._memory_check()
+            if check is None and not sharded:
+                raise
+            what = "what sharding saves is not predicted; lower per_device_train_batch_size, or set sequential_backward: on"
+            what = f"predicted {check.need()}{check.advice()}" if check is not None else what
+            raise StepTooLargeError(f"out of memory in step {self.state.global_step + 1}; {what}") from error
+        self._refuse_broken_weights()
+        return result
 
     def _memory_check(self) -> MemoryCheck | None:
         """The prediction for the longest triplet of the training set; None where there is no GPU of one's own or no prediction."""
@@ -309,6 +333,12 @@ class TSPINTrainer(Trainer):
         self._verified = True
         self._sharing.enter_context(share_prompts(causal_lm(self.model)))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's, but weights are whole and not rounded to 16 bits however the model is sharded."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, state_dict=whole_weights(self.model, frozen=not hasattr(self.model, "peft_config")))
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As Trainer's, but weights that would fill a GPU's memory a second time as temporaries are stepped one at a time."""
         given = self.optimizer is not None
@@ -321,6 +351,7 @@ class TSPINTrainer(Trainer):
         """The micro-batches of one optimizer step, and how many triplets all ranks keep in it."""
         self._clock = self._clock or time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.scored = []
         for batch in batches:
             self._begin(batch)
             batch["counted"] = self._counted(batch, batch is batches[-1], self.train_dataset)
@@ -348,9 +379,13 @@ class TSPINTrainer(Trainer):
         }
         if self.sequential and torch.is_grad_enabled():
             # A sharded model adds up its shards at every backward; its ranks must run alike.
-            sharded = self.is_fsdp_enabled
+            sharded, backward = self.is_fsdp_enabled or self.is_deepspeed_enabled, self.accelerator.backward
+            if self.is_deepspeed_enabled:
+                # Accelerate's would take a step.
+                engine: Any = self.accelerator.deepspeed_engine_wrapped
+                backward = partial(engine.backward, sync_gradients=False, scale_wrt_gas=False)
             loss, sequences = backward_one_by_one(
-                *(score, self.accelerator.backward, batch, self.loss_fn),
+                *(score, backward, batch, self.loss_fn),
                 unsynced=nullcontext if sharded else partial(self.accelerator.no_sync, model),
                 skip_zeros=not sharded,
                 **request,
@@ -358,6 +393,8 @@ class TSPINTrainer(Trainer):
         else:
             loss, sequences = score(batch, self.loss_fn, **request)
         meter.add(triplet_metrics(self.args, self.members, sequences, batch))
+        if torch.is_grad_enabled():
+            self.scored.append((batch, sequences))
         return loss, sequences
 
     def compute_loss(
@@ -370,27 +407,51 @@ class TSPINTrainer(Trainer):
         assert num_items_in_batch is not None, "get_batch_samples counts the kept triplets"
         normalizer = num_items_in_batch / self.accelerator.num_processes
         loss, sequences = self._score(model, inputs, normalizer, self._meter)
+        if self.is_deepspeed_enabled:
+            self._stop_if_not_finite(loss)  # its backward takes the step
         self._meter.add({"tokens_per_second": (inputs["attention_mask"], torch.zeros_like(loss))})
         return (loss, sequences) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
-        try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        except torch.OutOfMemoryError as error:
-            check = self._memory_check()
-            if check is None:
-                raise
-            raise StepTooLargeError(
-                f"out of memory in step {self.state.global_step + 1}; predicted {check.need()}{check.advice()}"
-            ) from error
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self.is_deepspeed_enabled:
+            self._stop_if_not_finite(loss)
+        return loss
+
+    def _stop_if_not_finite(self, loss: Tensor) -> None:
         # Summed over ranks, so that all of them stop before the weights are touched.
         total: Any = self.accelerator.reduce(loss, "sum")
         if not torch.isfinite(total):
-            raise NonFiniteLossError(
-                f"the loss of step {self.state.global_step + 1} is not finite ({loss.item()} here); lower alpha "
-                "or learning_rate, use loss_type='logistic' or logp_reduction='mean', or look for nan in the weights"
-            )
-        return loss
+            self._stop("the loss of", 1, loss=loss.item())
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm: Any = super()._get_grad_norm(*args, **kwargs)
+        # A GradScaler leaves out such a step by itself and lowers its scale, until there is nothing left to lower.
+        scaler: Any = self.accelerator.scaler
+        # DeepSpeed may know no norm yet.
+        if norm is not None and not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
+            self._stop("the gradient norm of", 1, gradient_norm=float(norm))
+        return norm
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_broken_weights()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _refuse_broken_weights(self) -> None:
+        """Stop on all ranks where a trainable weight of one is nan or inf."""
+        trained = ((name, p.detach()) for name, p in self.model.named_parameters() if p.requires_grad)
+        broken = diagnostics.non_finite(trained)
+        total: Any = self.accelerator.reduce(torch.tensor(len(broken)).to(self.args.device), "sum")
+        if total:
+            self._stop("a weight after", 0, weights=sum(broken.values()))
+
+    def _stop(self, what: str, ahead: int, **values: float) -> NoReturn:
+        step = self.state.global_step + ahead
+        where = diagnostics.write_bundle(self, step, f"{what} step {step}", values)
+        raise NonFiniteLossError(
+            f"{what} step {step} is not finite ({', '.join(map(str, values.values()))} here); {where}. Lower alpha or "
+            "learning_rate, use loss_type='logistic' or logp_reduction='mean', or look for nan in the weights"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means over all triplets since the last logging step to the training logs."""
@@ -399,6 +460,11 @@ class TSPINTrainer(Trainer):
             self._clock = None
             self._meter.add({"tokens_per_second": (0 * seconds, seconds / self.accelerator.num_processes)})
             logs = {**logs, **self._meter.take(self.accelerator)}
+            step, args = self.state.global_step, self.args
+            triplets = (step - self._watched_step) * args.train_batch_size * args.gradient_accumulation_steps
+            self._watched_step = step
+            for text in self._watch.add(logs, triplets * self.accelerator.num_processes, step >= self.state.max_steps):
+                logger.warning("%s", text)
             if torch.cuda.is_available():
                 logs["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         super().log(logs, start_time)
@@ -429,11 +495,17 @@ class TSPINTrainer(Trainer):
 
 
 def _with_ids(
-    dataset: Any, args: TSPINConfig, members: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None
+    dataset: Any,
+    args: TSPINConfig,
+    members: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocabulary: int,
 ) -> Any:
     """The data set with the columns that its members need, tokenised here where it holds TRL's text columns."""
-    if dataset is None or not len(dataset):
+    if dataset is None:
         return dataset
+    if not len(dataset):
+        raise ValueError("dataset: want at least one triplet, got none; is max_length too small for all of them?")
     columns = set(dataset[0])
     if "prompt_ids" not in columns:
         if tokenizer is None:
@@ -441,13 +513,13 @@ def _with_ids(
                 f"processing_class: want the tokenizer, because the data set has no token ids but {sorted(columns)}"
             )
         dataset = tokenize_triplets(dataset, tokenizer, max_length=args.max_length)
-    wanted = [f"{member}_ids" for member in members]
-    if args.needs_references:
-        wanted += [f"ref_{member}_logps" for member in members]
-    missing = [name for name in wanted if name not in dataset[0]]
+    ids = ["prompt_ids", *(f"{member}_ids" for member in members)]
+    references = [f"ref_{member}_logps" for member in members] if args.needs_references else []
+    missing = [name for name in (*ids, *references) if name not in dataset[0]]
     if missing:
         remedy = "add the columns of tspin.scoring.score_references" if "logps" in missing[0] else "add them"
         raise ValueError(
             f"train_dataset: method {args.method!r} wants the columns {missing}, got {sorted(columns)}; {remedy}"
         )
+    check_columns(dataset, ids, references, vocabulary)
     return dataset

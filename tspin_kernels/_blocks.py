@@ -107,7 +107,9 @@ class Head:
         return self.V if self.shard is None else self.shard.widest
 
     def columns(self, start: int, stop: int) -> "Head":
-        return replace(self, weight=self.weight[start:stop], bias=None if self.bias is None else self.bias[start:stop])
+        """These columns alone, their weight in the dtype of the products."""
+        weight = self.weight[start:stop].to(self.compute_dtype)
+        return replace(self, weight=weight, bias=None if self.bias is None else self.bias[start:stop])
 
     def sizes(
         self,
@@ -127,11 +129,13 @@ class Head:
         # The CPU has no product of narrow operands with a wide result: it widens them first.
         wide_copy = 4 if on_cpu and narrow else 0
         copied = self.compute_dtype.itemsize
+        # Wide logits have their gradient beside them, in the dtype of the products.
+        dlogits = copied if self.logits_dtype != self.compute_dtype and (dhidden or dweight) else 0
         return Sizes(
             N,
             self.widest,
             D,
-            self.logits_dtype.itemsize + wide_copy,
+            self.logits_dtype.itemsize + dlogits + wide_copy,
             how(dhidden),
             how(dweight),
             always_sum=self.compute_dtype == torch.float16,
@@ -140,21 +144,17 @@ class Head:
         )
 
     def project(self, hidden: Tensor, out: Tensor) -> None:
-        """out [N, V] = hidden [N, D] times the weight's transpose."""
-        a, b = hidden.to(self.compute_dtype), self.weight.to(self.compute_dtype).T
-        if out.dtype == self.compute_dtype:
-            torch.mm(a, b, out=out)
-        else:
-            out.copy_(wide_product(a, b))
+        """out [N, V] = hidden [N, D] times the transpose of the weight, which is in the dtype of the products."""
+        product(hidden.to(self.compute_dtype), self.weight.T, out.dtype, out)
 
 
-def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32 or wider, as it is accumulated."""
-    if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, b)
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """a @ b in their own dtype, or in float32 as it is accumulated."""
+    if dtype == a.dtype:
+        return torch.mm(a, b, out=out)
     if a.device.type == "cpu":
-        return torch.mm(a.float(), b.float())
-    return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a.float(), b.float(), out=out)
+    return torch.mm(a, b, out_dtype=dtype, out=out)
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool, unscale: Tensor | None) -> None:
@@ -163,10 +163,10 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool, unscale: Tensor 
         torch.mm(a, b, out=out) if first else out.addmm_(a, b)
         return
     for start, stop in _steps(a.shape[0], max(1, _PRODUCT_BYTES // (4 * b.shape[1]))):
-        product = wide_product(a[start:stop], b)
+        part = product(a[start:stop], b, accumulate_dtype(a.dtype))
         if unscale is not None:
-            product.mul_(unscale)
-        out[start:stop].copy_(product) if first else out[start:stop].add_(product)
+            part.mul_(unscale)
+        out[start:stop].copy_(part) if first else out[start:stop].add_(part)
 
 
 def _steps(size: int, step: int) -> list[tuple[int, int]]:
@@ -179,11 +179,11 @@ def take(hidden: Tensor, index: Tensor | None, start: int, stop: int) -> Tensor:
 
 
 class _Buffer:
-    """One block of logits: a view of the store, or of memory that every block uses again."""
+    """One block of logits or their gradient: a view of the store, or of memory that every block uses again."""
 
-    def __init__(self, head: Head, rows: int, cols: int, store: Tensor | None):
+    def __init__(self, like: Tensor, rows: int, cols: int, dtype: torch.dtype, store: Tensor | None):
         self.store = store
-        self.memory = None if store is not None else head.weight.new_empty(rows * cols, dtype=head.logits_dtype)
+        self.memory = None if store is not None else like.new_empty(rows * cols, dtype=dtype)
 
     def block(self, r0: int, r1: int, c0: int, c1: int) -> Tensor:
         if self.memory is None:
@@ -220,7 +220,7 @@ def compute_stats(
     u = torch.zeros_like(m) if with_entropy else None
     # A target in no column, outside [0, V), leaves nan.
     target_logit = torch.full_like(m, torch.nan)
-    buffer = _Buffer(head, min(blocks.rows, N), blocks.cols, store)
+    buffer = _Buffer(hidden, min(blocks.rows, N), blocks.cols, head.logits_dtype, store)
     for r0, r1 in _steps(N, blocks.rows):
         rows = take(hidden, index, r0, r1)
         for c0, c1 in _steps(head.V, blocks.cols):
@@ -270,37 +270,42 @@ def compute_gradients(
         order = [(row, col) for row in row_steps for col in col_steps]
     dhidden = _Sum(grads.hidden, len(col_steps), blocks.rows, blocks.tokens_inner, True, unscale)
     dweight = _Sum(grads.weight, len(row_steps), blocks.cols, not blocks.tokens_inner, fresh, unscale)
-    buffer = _Buffer(head, min(blocks.rows, N), blocks.cols, store)
+    size = min(blocks.rows, N), blocks.cols
+    buffer = gradients = _Buffer(hidden, *size, head.logits_dtype, store)
+    if head.logits_dtype != head.compute_dtype and (grads.hidden is not None or grads.weight is not None):
+        gradients = _Buffer(hidden, *size, head.compute_dtype, None)
+    at, part = -1, head
     for (r0, r1), (c0, c1) in order:
-        part, block = head.columns(c0, c1), slice(r0, r1)
+        if at != c0:
+            at, part = c0, head.columns(c0, c1)
+        block = slice(r0, r1)
         rows = take(hidden, index, r0, r1).to(head.compute_dtype)
-        logits = buffer.block(r0, r1, c0, c1)
+        logits, dlogits = (each.block(r0, r1, c0, c1) for each in (buffer, gradients))
         if store is None:
             part.project(rows, logits)
         dbias = None if grads.bias is None else grads.bias[c0:c1]
-        form_dlogits(part, logits, targets[block] - c0, stats.take(block), upstream.take(block), dbias, unscale)
-        dlogits = logits.to(head.compute_dtype)
-        dhidden.add(r0, r1, dlogits, part.weight.to(head.compute_dtype), c0 == 0, c1 == head.V)
+        row_stats, row_upstream = stats.take(block), upstream.take(block)
+        form_dlogits(part, logits, dlogits, targets[block] - c0, row_stats, row_upstream, dbias, unscale)
+        dhidden.add(r0, r1, dlogits, part.weight, c0 == 0, c1 == head.V)
         dweight.add(c0, c1, dlogits.T, rows, r0 == 0, r1 == N)
 
 
 def form_dlogits(
     head: Head,
     logits: Tensor,
+    dlogits: Tensor,
     targets: Tensor,
     stats: RowStats,
     upstream: Upstream,
     dbias: Tensor | None,
     unscale: Tensor | None,
 ) -> None:
-    """Turn the products `logits` [N, V] into their gradient, in place, and add its column sums times `unscale` to `dbias` [V].
-
-    `targets` [N] are counted from the first column.
-    """
+    """Write the gradient of the products `logits` [N, V] into `dlogits`, which may be the same tensor, and add its column sums
+    times `unscale` to `dbias` [V]. `targets` [N] are counted from the first column."""
     entropy = None if upstream.entropy is None else stats.entropy
-    head.rows.dlogits_(logits, head.bias, targets, stats.m, stats.log_s, entropy, *upstream, head.transform)
+    head.rows.dlogits_(logits, dlogits, head.bias, targets, stats.m, stats.log_s, entropy, *upstream, head.transform)
     if dbias is not None:
-        column_sums = logits.sum(0, dtype=dbias.dtype)
+        column_sums = dlogits.sum(0, dtype=dbias.dtype)
         dbias += column_sums if unscale is None else column_sums * unscale
 
 
@@ -350,6 +355,8 @@ def to_front(kept: Tensor, store: Tensor | None) -> Tensor:
     """
     places = kept.nonzero().squeeze(1)
     count = places.shape[0]
+    if count == kept.shape[0]:
+        return places
     holes = (~kept[:count]).nonzero().squeeze(1)
     moved = places[count - holes.shape[0] :]
     order = torch.arange(count, device=kept.device)

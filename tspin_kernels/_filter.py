@@ -26,9 +26,9 @@ from tspin_kernels._blocks import (
     Upstream,
     add_product,
     form_dlogits,
+    product,
     rescale,
     to_front,
-    wide_product,
     without_autocast,
 )
 
@@ -79,7 +79,8 @@ def filter_bytes(head: Head, device: torch.device) -> int:
     per_block, _ = _sharing(device)
     (_, D), V = head.weight.shape, head.widest
     logit, operand = head.logits_dtype.itemsize, head.compute_dtype.itemsize
-    choice = V * (per_block * (2 * logit + 4) + 5 * _SETS + 32)
+    widened = 4 if operand < 4 and device.type == "cpu" else 0
+    choice = V * (per_block * (2 * logit + widened) + 5 * _SETS + 32)
     accumulator = 4 * V * D if operand < 4 else 0
     return choice + accumulator + min(_columns_per_step(D), V) * (per_block * operand + D * (4 + operand))
 
@@ -98,14 +99,16 @@ def _choose_columns(
     counts = sorted({max(N, int(V * 2 ** (-k / 2))) for k in range(1, _SETS + 1)})
     if counts[-1] >= V:
         return None
-    share = (dlogits / size.unsqueeze(1)).abs_()
-    mass = share.sum(0).nan_to_num_(0, posinf=0)
+    share = dlogits.abs()
+    # Each row over its size, in proportion: a row of small coefficients has its say.
+    weights = (size.amin() / size).unsqueeze(0).to(share.dtype)
+    mass = product(weights, share, size.dtype).squeeze(0).nan_to_num_(0, posinf=0)
     inside = (targets >= 0) & (targets < V)
     mass.scatter_reduce_(0, targets.clamp(0, V - 1), torch.where(inside, torch.inf, 0).to(mass.dtype), "amax")
     order = mass.argsort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(V, device=order.device))
     is_dropped = rank.unsqueeze(1) >= torch.tensor(counts, device=order.device)
-    fits = share @ is_dropped.to(share.dtype) <= limit
+    fits = product(share, is_dropped.to(share.dtype), size.dtype) <= limit * size.unsqueeze(1)
     numbers = fits.sum(0).tolist()
     costs = [(n + overhead) * count + (N - n) * V for n, count in zip(numbers, counts)]
     best = min(range(len(counts)), key=costs.__getitem__)
@@ -134,7 +137,7 @@ def compute_filtered_gradients(
     report = FilterReport() if report is None else report
     (N, V), targets, dtype = store.shape, targets - head.start, head.compute_dtype
     upstream, unscale = rescale(upstream, dtype)
-    form_dlogits(head, store, targets, stats, upstream, grads.bias, unscale)
+    form_dlogits(head, store, store, targets, stats, upstream, grads.bias, unscale)
     size = torch.stack([gradient.abs() for gradient in upstream if gradient is not None]).sum(0)
     # What all ranks drop together stays within the tolerance.
     ranks = 1 if head.shard is None else head.shard.ranks
@@ -158,8 +161,8 @@ def compute_filtered_gradients(
             if grads.hidden is not None:
                 add_product(dhidden, kept, head.weight.index_select(0, part).to(dtype), step == 0, unscale)
             if grads.weight is not None:
-                product = wide_product(kept.T, operand)
-                grads.weight.index_add_(0, part, product if unscale is None else product * unscale)
+                dweight = product(kept.T, operand, stats.m.dtype)
+                grads.weight.index_add_(0, part, dweight if unscale is None else dweight * unscale)
         if grads.hidden is not None:
             grads.hidden[rows] = dhidden.to(grads.hidden.dtype)
     places = to_front(is_dense, store)

@@ -14,7 +14,7 @@ from tspin_kernels._blocks import Gradients, Head, Upstream, compute_gradients, 
 from tspin_kernels._filter import FilterReport, compute_filtered_gradients, filter_bytes
 from tspin_kernels._inputs import accumulate_dtype
 from tspin_kernels._plan import Blocks, plan_blocks
-from tspin_kernels._sequences import LossFn, SequenceStats, group_losses, sum_sequences
+from tspin_kernels._sequences import LossFn, SequenceStats, group_losses, run_lengths, sum_sequences
 
 
 def _coefficients(
@@ -83,7 +83,7 @@ def select_rows(
     if ignore_index is not None:
         order = order[targets[order] != ignore_index]
     ids = ids[order]
-    lengths = torch.bincount(ids, minlength=num_groups * group_size).view(num_groups, group_size)
+    lengths = run_lengths(ids, num_groups * group_size).view(num_groups, group_size)
     index = order if rows is None else rows[order]
     return Rows(index, rows is not None, targets[order], ids, lengths, lengths.sum(1).tolist())
 
@@ -110,9 +110,10 @@ class _HiddenGradient:
         elif self.slots is None:
             self.total.index_put_((index,), part, accumulate=True)
         else:
+            # What it writes into shared rows is overwritten in the end.
+            self.total.index_copy_(0, index, part)
             slots = self.slots[selected]
-            alone, several = (slots < 0).nonzero().squeeze(1), (slots >= 0).nonzero().squeeze(1)
-            self.total.index_copy_(0, index[alone], part[alone])
+            several = (slots >= 0).nonzero().squeeze(1)
             self.shared.index_put_((slots[several],), part[several].float(), accumulate=True)
 
     def result(self) -> Tensor:
@@ -154,7 +155,9 @@ def group_blocks(
     D, one = head.weight.shape[1], sizes(1)
     # Several blocks sum the weight's gradient in float32, taken a few columns at a time.
     accumulator = 4 * D * V if one.dweight == "narrow" else 0
-    return _pack(rows.per_group, (budget - accumulator) // max(1, V * one.logit_bytes + one.row_bytes))
+    return _pack(
+        rows.per_group, (budget - accumulator - V * one.col_bytes) // max(1, V * one.logit_bytes + one.row_bytes)
+    )
 
 
 def run_groups(
@@ -172,22 +175,26 @@ def run_groups(
     wide = dtype if head.compute_dtype == torch.float16 or is_sum else None
     hidden_dtype = dtype if head.compute_dtype == torch.float16 or head.shard is not None else hidden.dtype
     hidden_gradient = _HiddenGradient(hidden, rows, hidden_dtype) if wanted[0] else None
+    # Written by the first block of rows, or added to.
+    new = hidden.new_zeros if filtered else hidden.new_empty
     grads = Gradients(
         None,
-        torch.zeros(V, D, dtype=wide or head.weight.dtype, device=hidden.device) if wanted[1] else None,
+        new(V, D, dtype=wide or head.weight.dtype) if wanted[1] else None,
         hidden.new_zeros(V, dtype=dtype) if wanted[2] else None,
     )
     parts: list[tuple[Tensor, SequenceStats]] = []
-    start, fresh = 0, True
+    start, fresh = 0, not filtered
+    dtypes = [t.dtype if needed else None for t, needed in zip((hidden, head.weight), wanted)]
+    if one_pass:
+        # Once for all blocks, where their weight is the whole one.
+        head = head.columns(0, V)
     for g0, g1 in ranges or [(0, len(rows.per_group))]:
         n = sum(rows.per_group[g0:g1])
         block = slice(start, start + n)
         start += n
         index, targets = rows.index[block], rows.targets[block]
         store = hidden.new_empty(n, V, dtype=head.logits_dtype) if one_pass else None
-        dtypes = [t.dtype if needed else None for t, needed in zip((hidden, head.weight), wanted)]
-        sizes = head.sizes(n, hidden, True, *dtypes)
-        blocks = Blocks(max(1, n), V) if one_pass else plan_blocks(sizes, call.budget)
+        blocks = Blocks(max(1, n), V) if one_pass else plan_blocks(head.sizes(n, hidden, True, *dtypes), call.budget)
         stats = compute_stats(head, hidden, index, targets, blocks, with_entropy, store)
         lengths = rows.lengths[g0:g1]
         logprobs = sum_sequences(stats.logprobs, lengths.reshape(-1)).view(-1, group_size)
@@ -238,6 +245,8 @@ def run_groups(
         fresh = False
         if hidden_gradient is not None and dhidden is not None:
             hidden_gradient.add(places + block.start, index, dhidden)
+    if fresh and grads.weight is not None:
+        grads.weight.zero_()
     losses = torch.cat([losses for losses, _ in parts])
     loss = losses.double().sum().to(dtype) / call.normalizer
     sums, entropies, lengths = zip(*(sequences for _, sequences in parts), strict=True)

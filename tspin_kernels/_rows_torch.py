@@ -20,6 +20,8 @@ from tspin_kernels._inputs import LogitTransform
 # Elements of a tile: on a CPU it stays in the cache, on a GPU it keeps the launches few.
 _TILE = {"cpu": 2**18}
 _TILE_ELSEWHERE = 2**25
+# Any below the logarithm of the smallest number.
+_LOG_ZERO = {torch.float32: -200.0, torch.float64: -800.0}
 
 
 def _tiles(logits: Tensor):
@@ -30,20 +32,15 @@ def _tiles(logits: Tensor):
 def _logits_tile(
     raw: Tensor, bias: Tensor | None, transform: LogitTransform, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits of a tile [rows, V'] and d logit / d raw, None where it is constant. May alias `raw`."""
+    """Logits of a tile [rows, V'] and the softcap's slope, None without one. May alias `raw`."""
     z = raw.to(dtype)
     if bias is not None:
         z = z + bias.to(dtype)
-    if transform.logit_scale != 1.0:
-        z = z * transform.logit_scale
-    slope = None
     if transform.softcap is not None:
-        tanh = torch.tanh(z / transform.softcap)
-        z = tanh * transform.softcap
-        slope = 1 - tanh * tanh
-    if transform.temperature != 1.0:
-        z = z / transform.temperature
-    return z, slope
+        tanh = torch.tanh(z * (transform.logit_scale / transform.softcap))
+        return tanh * (transform.softcap / transform.temperature), 1 - tanh * tanh
+    scale = transform.logit_scale / transform.temperature
+    return (z if scale == 1.0 else z * scale), None
 
 
 def row_stats_(
@@ -90,6 +87,7 @@ def row_stats_(
 
 def dlogits_(
     logits: Tensor,
+    dlogits: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     m: Tensor,
@@ -100,10 +98,11 @@ def dlogits_(
     q: Tensor | None,
     transform: LogitTransform,
 ) -> None:
-    """Overwrite one block of products with the gradient of the loss in them, rounded once to their dtype.
+    """Write the gradient of the loss in one block of products, rounded once.
 
     Args:
-        logits: [N, V'] in and out. bias, targets, transform: as in `row_stats_`.
+        logits: [N, V'] products. bias, targets, transform: as in `row_stats_`.
+        dlogits: [N, V'] their gradient, out; may be the same tensor.
         m, log_s, entropy: [N] float32, final statistics of the whole rows; entropy only where h is given.
         g, h, q: [N] float32 upstream gradients of log-prob, entropy and logsumexp; None counts as zero.
     """
@@ -121,9 +120,9 @@ def dlogits_(
         else:
             assert entropy is not None
             p = log_p.exp()
-            factor = log_p.add_(entropy[tile].unsqueeze(1)).mul_(-h[tile].unsqueeze(1))
-            # p = 0 meets an infinite factor, whose product would be nan.
-            dz = factor.add_(base.unsqueeze(1)).mul_(p).masked_fill_(p == 0, 0)
+            # Where p is zero log_p may be infinite, and their product nan.
+            factor = log_p.clamp_(min=_LOG_ZERO[m.dtype]).add_(entropy[tile].unsqueeze(1)).mul_(-h[tile].unsqueeze(1))
+            dz = factor.add_(base.unsqueeze(1)).mul_(p)
         if g is not None:
             local = targets[tile]
             hit = (local >= 0) & (local < width)
@@ -131,4 +130,9 @@ def dlogits_(
         if slope is not None:
             dz.mul_(slope)
         scale = transform.logit_scale / transform.temperature
-        logits[tile] = dz if scale == 1.0 else dz.mul_(scale)
+        dlogits[tile] = dz if scale == 1.0 else dz.mul_(scale)
+
+
+def scale_(values: Tensor, factor: Tensor) -> Tensor:
+    """values times `factor` [], in place; a factor of one, the usual upstream gradient, costs nothing where it can be seen."""
+    return values if values.device.type == "cpu" and factor.item() == 1 else values.mul_(factor)

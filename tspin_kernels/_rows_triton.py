@@ -15,6 +15,31 @@ from torch import Tensor
 from tspin_kernels._inputs import LogitTransform
 
 _MAX_BLOCK_V = 4096
+# Blocks of columns that one program of `_dlogits_kernel` owns.
+_BLOCKS_PER_PROGRAM = 1
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+# Any below the logarithm of the smallest float32.
+_LOG_ZERO = tl.constexpr(-200.0)
+# Of `scale_`: enough programs to fill any GPU, few enough to cost nothing when they have nothing to do.
+_SCALE_BLOCK, _SCALE_PROGRAMS = 2048, 2048
+
+
+@triton.jit
+def _exp(x):
+    # Of exp2, which flushes what is denormal to zero, Triton makes one instruction where exp takes four.
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def _finite(m):
+    # A reference for logits of maximum m: where all are -inf, any number will do.
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def _move(m, s, u, reference):
+    # The sum of exp(z - m) (z - m), moved from m to another reference.
+    return _exp(m - reference) * (u + tl.where(m == float("-inf"), 0.0, m - reference) * s)
 
 
 @triton.jit
@@ -27,19 +52,21 @@ def _logits_tile(
     softcap,
     temperature,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    # Logits in float32 and their slope, d logit / d product. Columns past the vocabulary are -inf, last of all.
+    # Logits in float32 and the slope of their softcap. Columns past the vocabulary are -inf, last of all.
     z = tl.load(row_ptr + offs_v, mask=in_v, other=0.0).to(tl.float32)
     if HAS_BIAS:
         z += tl.load(bias_ptr + offs_v, mask=in_v, other=0.0).to(tl.float32)
-    z = z * logit_scale
-    slope = logit_scale / temperature
+    # Only constants are divided: a division of each logit would take as long as its exponential.
+    slope = 1.0
     if HAS_SOFTCAP:
-        tanh = 1.0 - 2.0 / (tl.exp(2.0 * (z / softcap)) + 1.0)
-        z = softcap * tanh
-        slope = slope * (1.0 - tanh * tanh)
-    z = z / temperature
+        tanh = 1.0 - 2.0 / (_exp(z * (2.0 * logit_scale / softcap)) + 1.0)
+        z = tanh * (softcap / temperature)
+        slope = 1.0 - tanh * tanh
+    elif HAS_SCALE:
+        z = z * (logit_scale / temperature)
     return tl.where(in_v, z, float("-inf")), slope
 
 
@@ -58,49 +85,57 @@ def _row_stats_kernel(
     softcap,
     temperature,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    LANE: tl.constexpr,
 ):
-    # One program owns one row and reads each of its logits once.
+    # One program owns one row and reads each of its logits once. Every LANE columns have sums of their own, those of one
+    # thread: threads meet at the end of the row alone.
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_logits_n
-    m = tl.load(m_ptr + row)
-    s = tl.load(s_ptr + row)
-    u = 0.0
-    if WITH_ENTROPY:
-        u = tl.load(u_ptr + row)
+    columns = tl.arange(0, BLOCK_V // LANE)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+    m = tl.full([BLOCK_V // LANE], float("-inf"), tl.float32)
+    s = tl.zeros([BLOCK_V // LANE], tl.float32)
+    u = tl.zeros([BLOCK_V // LANE], tl.float32)
 
     for start in range(0, V, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
+        offs_v = start + columns
         z, _ = _logits_tile(
-            row_ptr, bias_ptr, offs_v, offs_v < V, logit_scale, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
+            row_ptr, bias_ptr, offs_v, offs_v < V, logit_scale, softcap, temperature, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
         )
-        m_new = tl.maximum(m, tl.max(z, axis=0))
-        # Rows of -inf alone so far: any finite reference will do.
-        reference = tl.where(m_new == float("-inf"), 0.0, m_new)
-        decay = tl.exp(m - reference)
-        weights = tl.exp(z - reference)
+        m_new = tl.maximum(m, tl.max(z, axis=1))
+        reference = _finite(m_new)
+        shifted = z - reference[:, None]
+        weights = _exp(shifted)
         if WITH_ENTROPY:
-            moved = tl.where(m == float("-inf"), 0.0, m - reference)
-            terms = tl.where(z == float("-inf"), 0.0, weights * (z - reference))
-            u = decay * (u + moved * s) + tl.sum(terms, axis=0)
-        s = s * decay + tl.sum(weights, axis=0)
+            # The finite floor makes exp(-inf) * -inf a zero; nan is in the weight already.
+            u = _move(m, s, u, reference) + tl.sum(weights * tl.maximum(shifted, _LOWEST), axis=1)
+        s = s * _exp(m - reference) + tl.sum(weights, axis=1)
         m = m_new
 
-    tl.store(m_ptr + row, m)
-    tl.store(s_ptr + row, s)
+    m_old = tl.load(m_ptr + row)
+    s_old = tl.load(s_ptr + row)
+    m_row = tl.maximum(m_old, tl.max(m, axis=0))
+    reference = _finite(m_row)
+    tl.store(m_ptr + row, m_row)
+    tl.store(s_ptr + row, s_old * _exp(m_old - reference) + tl.sum(s * _exp(m - reference), axis=0))
     if WITH_ENTROPY:
-        tl.store(u_ptr + row, u)
+        u_old = _move(m_old, s_old, tl.load(u_ptr + row), reference)
+        tl.store(u_ptr + row, u_old + tl.sum(_move(m, s, u, reference), axis=0))
     target = tl.load(target_ptr + row)
     hit = (target >= 0) & (target < V)
-    z, _ = _logits_tile(row_ptr, bias_ptr, target, hit, logit_scale, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
+    z, _ = _logits_tile(
+        row_ptr, bias_ptr, target, hit, logit_scale, softcap, temperature, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
+    )
     tl.store(target_logit_ptr + row, z, mask=hit)
 
 
 @triton.jit
 def _dlogits_kernel(
-    logits_ptr,  # [N, V'] in the buffer's dtype: products in, their gradient out
+    logits_ptr,  # [N, V'] in the buffer's dtype
+    dlogits_ptr,  # [N, V'] in the dtype of the products, out; may be the same memory
     bias_ptr,  # [V']
     target_ptr,  # [N] int64, counted from this block's first column
     m_ptr,  # [N] float32
@@ -111,37 +146,71 @@ def _dlogits_kernel(
     q_ptr,  # [N] float32, upstream of the logsumexp
     V,
     stride_logits_n,
+    stride_dlogits_n,
     logit_scale,
     softcap,
     temperature,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_G: tl.constexpr,
     HAS_H: tl.constexpr,
     HAS_Q: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    # One program owns BLOCK_V columns of one row.
+    # One program owns SPAN columns of one row, BLOCK_V of them at a time.
     row = tl.program_id(0).to(tl.int64)
-    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    in_v = offs_v < V
     row_ptr = logits_ptr + row * stride_logits_n
-    z, slope = _logits_tile(row_ptr, bias_ptr, offs_v, in_v, logit_scale, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
-
-    log_p = (z - tl.load(m_ptr + row)) - tl.load(log_s_ptr + row)
-    p = tl.exp(log_p)
-    factor = tl.zeros([BLOCK_V], tl.float32)
+    m = tl.load(m_ptr + row)
+    log_s = tl.load(log_s_ptr + row)
+    scale = logit_scale / temperature
+    base = 0.0
     if HAS_Q:
-        factor += tl.load(q_ptr + row)
+        base += scale * tl.load(q_ptr + row)
     if HAS_G:
-        factor -= tl.load(g_ptr + row)
+        g = scale * tl.load(g_ptr + row)
+        base -= g
+        target = tl.load(target_ptr + row)
     if HAS_H:
-        factor -= tl.load(h_ptr + row) * (log_p + tl.load(entropy_ptr + row))
-    # p = 0 may meet an infinite factor, whose product would be nan.
-    dz = tl.where(p == 0.0, 0.0, p * factor)
-    if HAS_G:
-        dz += tl.where(offs_v == tl.load(target_ptr + row), tl.load(g_ptr + row), 0.0)
-    tl.store(row_ptr + offs_v, dz * slope, mask=in_v)
+        h = scale * tl.load(h_ptr + row)
+        entropy = tl.load(entropy_ptr + row)
+
+    first = tl.program_id(1) * SPAN
+    for start in range(first, tl.minimum(first + SPAN, V), BLOCK_V):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        in_v = offs_v < V
+        z, slope = _logits_tile(
+            row_ptr, bias_ptr, offs_v, in_v, logit_scale, softcap, temperature, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
+        )
+        log_p = (z - m) - log_s
+        factor = base
+        if HAS_H:
+            # Where p is zero log_p may be infinite, and their product nan.
+            factor = base - h * (tl.maximum(log_p, _LOG_ZERO) + entropy)
+        dz = _exp(log_p) * factor
+        if HAS_G:  # noqa: SIM102
+            # A branch, since few programs hold the target.
+            if (target >= start) & (target < start + BLOCK_V):
+                dz += tl.where(offs_v == target, g, 0.0)
+        tl.store(dlogits_ptr + row * stride_dlogits_n + offs_v, dz * slope, mask=in_v)
+
+
+@triton.jit
+def _scale_kernel(
+    values_ptr,  # [size], in/out
+    factor_ptr,  # []
+    size,
+    BLOCK: tl.constexpr,
+):
+    # One program owns every so many blocks of values, and leaves them alone where the factor is one.
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        for start in range(first, size, tl.num_programs(0) * BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            values = tl.load(values_ptr + offs, mask=offs < size, other=0.0).to(tl.float32)
+            tl.store(values_ptr + offs, values * factor, mask=offs < size)
 
 
 def _launch_options(logits: Tensor) -> dict[str, int]:
@@ -176,14 +245,18 @@ def row_stats_(
             transform.softcap or 1.0,
             transform.temperature,
             HAS_BIAS=bias is not None,
+            HAS_SCALE=not transform.is_identity,
             HAS_SOFTCAP=transform.softcap is not None,
             WITH_ENTROPY=u is not None,
+            # Columns that a thread reads at once: 16 bytes.
+            LANE=16 // logits.element_size(),
             **_launch_options(logits),
         )
 
 
 def dlogits_(
     logits: Tensor,
+    dlogits: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     m: Tensor,
@@ -195,11 +268,13 @@ def dlogits_(
     transform: LogitTransform,
 ) -> None:
     N, V = logits.shape
-    assert logits.stride(1) == 1
+    assert logits.stride(1) == dlogits.stride(1) == 1
     options = _launch_options(logits)
+    span = options["BLOCK_V"] * _BLOCKS_PER_PROGRAM
     with torch.cuda.device_of(logits):
-        _dlogits_kernel[(N, triton.cdiv(V, options["BLOCK_V"]))](
+        _dlogits_kernel[(N, triton.cdiv(V, span))](
             logits,
+            dlogits,
             logits if bias is None else bias,
             targets,
             m,
@@ -210,13 +285,25 @@ def dlogits_(
             m if q is None else q,
             V,
             logits.stride(0),
+            dlogits.stride(0),
             transform.logit_scale,
             transform.softcap or 1.0,
             transform.temperature,
             HAS_BIAS=bias is not None,
+            HAS_SCALE=not transform.is_identity,
             HAS_SOFTCAP=transform.softcap is not None,
             HAS_G=g is not None,
             HAS_H=h is not None,
             HAS_Q=q is not None,
+            SPAN=span,
             **options,
         )
+
+
+def scale_(values: Tensor, factor: Tensor) -> Tensor:
+    assert values.is_contiguous()
+    programs = min(_SCALE_PROGRAMS, triton.cdiv(values.numel(), _SCALE_BLOCK))
+    if programs:
+        with torch.cuda.device_of(values):
+            _scale_kernel[(programs,)](values, factor, values.numel(), BLOCK=_SCALE_BLOCK)
+    return values

@@ -41,7 +41,7 @@ class _SequenceLoss(torch.autograd.Function):
         wanted: list[bool],
     ):
         loss, sequences, grads = run_groups(head, hidden, rows, call, wanted)
-        ctx.grads = grads
+        ctx.grads, ctx.scale_ = grads, head.rows.scale_
         ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
         ctx.mark_non_differentiable(*(t for t in sequences if t is not None))
         ctx.set_materialize_grads(False)
@@ -62,7 +62,8 @@ class _SequenceLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if dloss is None:
             return (None,) * 7
-        scaled = [None if g is None else g.mul_(dloss).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+        pairs = zip(grads, ctx.dtypes, strict=True)
+        scaled = [None if g is None else ctx.scale_(g, dloss).to(dtype) for g, dtype in pairs]
         return *scaled, None, None, None, None
 
 

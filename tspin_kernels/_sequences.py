@@ -33,6 +33,11 @@ def sum_sequences(values: Tensor, lengths: Tensor) -> Tensor:
     return torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True, initial=0).to(values.dtype)
 
 
+def run_lengths(ids: Tensor, sequences: int) -> Tensor:
+    # How often each of [0, sequences) stands in the sorted `ids`; a GPU is not waited for, as by bincount.
+    return torch.searchsorted(ids, torch.arange(sequences + 1, device=ids.device)).diff()
+
+
 def check_groups(
     sequence_ids: Tensor, N: int, group_size: int, group_inputs: Sequence[Tensor], num_groups: int | None
 ) -> int:
@@ -43,11 +48,9 @@ def check_groups(
         raise ValueError(
             f"sequence_ids: want {N} int64, one per target, got {list(sequence_ids.shape)} {sequence_ids.dtype}"
         )
-    largest = int(sequence_ids.max()) if N else -1
-    if N and int(sequence_ids.min()) < 0:
-        raise ValueError(
-            f"sequence_ids: want ids from 0 on, got {int(sequence_ids.min())}; mark rows to ignore in targets"
-        )
+    smallest, largest = torch.stack(sequence_ids.aminmax()).tolist() if N else (0, -1)
+    if smallest < 0:
+        raise ValueError(f"sequence_ids: want ids from 0 on, got {smallest}; mark rows to ignore in targets")
     if num_groups is None:
         num_groups = largest // group_size + 1 if not group_inputs else group_inputs[0].shape[0]
     if largest >= num_groups * group_size:
@@ -89,7 +92,7 @@ def sequence_loss(
     """
     num_groups = check_groups(sequence_ids, logprobs.numel(), group_size, group_inputs, num_groups)
     ids, order = sequence_ids.reshape(-1).sort(stable=True)
-    lengths = torch.bincount(ids, minlength=num_groups * group_size)
+    lengths = run_lengths(ids, num_groups * group_size)
 
     def per_sequence(values: Tensor) -> Tensor:
         return sum_sequences(values.reshape(-1)[order], lengths).view(num_groups, group_size)

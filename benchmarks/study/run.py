@@ -148,7 +148,7 @@ def run_arm(arm: Arm, directory: Path, commit: str) -> dict[str, Any]:
     donors = [other for other in sorted(folder.parent.glob("*")) if other != folder] if folder.parent.exists() else []
     result = SharingSelfPlay(config, donors).run(report=False)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    record = storage.read_json(folder / "run.json")
+    record = storage.read_record(folder / "run.json")
     return {
         "id": arm.id,
         "keys": dict(arm.keys),

@@ -96,6 +96,61 @@ def test_a_device_without_memory_is_a_row(tmp_path, monkeypatch):
     assert any(row["missing"] == "out of memory" and row["tokens"] > 400 for row in found)
 
 
+class Clocked:
+    """Stands for an implementation whose memory and time are known: {usable} bytes hold a prompt of {limit}."""
+
+    device, vocab = CPU, 10
+    resident = gradients = lambda self: 0
+
+    def __init__(self, monkeypatch, limit, floor=0.0, seconds=0.0, curve=1.0, on_gpu=True):
+        self.limit, self.floor, self.seconds, self.curve, self.on_gpu = limit, floor, seconds, curve, on_gpu
+        self.now, self.tries, self.usable = 0.0, [], 2**34
+        monkeypatch.setattr(long_context, "make_triplet", lambda prompt, *args: range(prompt))
+        monkeypatch.setattr(long_context, "_usable", lambda device, cap: self.usable)
+        monkeypatch.setattr(long_context.time, "monotonic", lambda: self.now)
+
+    def peak(self, name, triplet):
+        part = len(triplet) / self.limit
+        self.now += (0.2 if self.tries else 5.0) + self.seconds * part**2  # the first call compiles
+        self.tries.append(len(triplet))
+        peak = int(max(self.floor, part**self.curve) * self.usable)
+        return (peak, None) if peak <= self.usable or not self.on_gpu else (None, "out of memory")
+
+    def search(self, deadline=1e9):
+        return list(long_context._search(self, "x", 8.0, 1.0, deadline, 2**20))
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize("curve", [1.0, 0.9, 1.1])
+@pytest.mark.parametrize("floor", [0.0, 0.3, 0.95])
+@pytest.mark.parametrize("limit", [400, 25159, 703584])
+def test_the_search_finds_the_longest_in_few_tries(monkeypatch, limit, floor, curve, on_gpu):
+    arms = Clocked(monkeypatch, limit, floor, curve=curve, on_gpu=on_gpu)
+    *tried, found = arms.search()
+    fitting = [prompt for prompt in arms.tries if prompt <= limit]
+    assert found["prompt"] == max(fitting) and found["missing"] is None and limit <= 1.03 * max(fitting) + 2
+    # What does not fit is a row too.
+    assert [row["prompt"] for row in tried] == arms.tries and max(arms.tries) > limit
+    assert len(arms.tries) <= 16
+    assert sum(prompt > limit / 2 for prompt in arms.tries) <= (5 if floor == 0 and curve == 1 else 9)
+
+
+@pytest.mark.parametrize("seconds", [10.0, 100.0, 1000.0])
+@pytest.mark.parametrize("deadline", [1.0, 8.0, 60.0, 300.0])
+def test_a_search_ends_in_time_with_the_longest_that_it_had_time_for(monkeypatch, seconds, deadline):
+    arms = Clocked(monkeypatch, 300_000, 0.3, seconds)
+    *_, found = arms.search(deadline)
+    assert arms.now <= max(deadline + 1, 5.3)
+    if found["missing"] is None:
+        assert found["prompt"] > 290_000
+    else:
+        assert found["missing"] == "out of time: a lower bound"
+        assert found["prompt"] == max(prompt for prompt in arms.tries if prompt <= arms.limit)
+        # Most of the time is spent on the longest.
+        could = 300_000 * ((deadline - 6) / seconds) ** 0.5 if deadline > 6 else 0
+        assert found["prompt"] >= min(could, 270_000) / 2
+
+
 def test_bad_input(tmp_path):
     common = {"device": CPU, "seconds": 1, "out": tmp_path / "rows.jsonl"}
     with pytest.raises(ValueError, match="models: want names of"):

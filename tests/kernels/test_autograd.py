@@ -1,11 +1,13 @@
 """What autograd may ask of the ops: no wrong second derivative or second backward, no_grad costs nothing."""
 
+import math
 from functools import partial
 
 import pytest
 import torch
 
 from tspin_kernels import linear_logprobs, linear_sequence_loss
+from tspin_kernels._blocks import rows_module
 
 from .oracle import least_budget, make_case
 from .preferences import simpo
@@ -110,11 +112,25 @@ def test_gradients_accumulate(fused, inputs, options, op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_upstream_scalar(fused, inputs, options, op):
+@pytest.mark.parametrize("factor", [-2.5, 0.5, 0.0])
+def test_upstream_scalar(fused, inputs, options, op, factor):
+    """One, which costs no pass over the gradients, against what must be multiplied."""
     hidden, case = inputs
-    (one,) = torch.autograd.grad(op(fused, hidden, case, **options), hidden)
-    (scaled,) = torch.autograd.grad(op(fused, hidden, case, **options) * -2.5, hidden)
-    assert torch.allclose(scaled, -2.5 * one, atol=1e-6)
+    one = torch.autograd.grad(op(fused, hidden, case, **options), [hidden, case.weight])
+    scaled = torch.autograd.grad(op(fused, hidden, case, **options) * factor, [hidden, case.weight])
+    for got, want in zip(scaled, one, strict=True):
+        assert torch.allclose(got, factor * want, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2048, 3 * 2048 + 1, 40_000])
+def test_every_value_of_a_gradient_is_scaled(fused, size):
+    """Around the blocks of its kernel, which one program may own several of."""
+    module = rows_module(fused.backend, torch.device(fused.device))
+    values = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(fused.device)
+    for factor in (1.0, -3.0, math.nan):
+        got = module.scale_(values.clone(), torch.tensor(factor, device=fused.device))
+        assert torch.equal(got.isnan(), (values * factor).isnan())
+        assert torch.equal(got.nan_to_num(), (values * factor).nan_to_num())
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -202,7 +202,7 @@ def test_flops_are_those_of_what_was_kept(wanted):
     flops = product_flops(run)
     width = hidden.shape[1]
     products = 2 if wanted == "both" else 1
-    choice = 2 * 64 * V * 8  # sets of 724, 512, 362, ... and 64 columns
+    choice = 2 * 64 * V * 9  # the mass of each column, and sets of 724, 512, 362, ... and 64 of them
     assert flops - choice == 2 * 64 * V * width + 2 * products * report.kept_entries * width
     assert report.kept_fraction < 0.3
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tspin_kernels import linear_logprobs, linear_sequence_loss
+from tspin_kernels import _rows_torch, _sequence_loss, _token_ops, linear_logprobs, linear_sequence_loss
 
 from .oracle import least_budget, make_case
 from .preferences import tspin
@@ -103,6 +103,27 @@ def test_flops_without_gradient(fused, case, op, mode, budget):
         assert product_flops(lambda: call(**options)) == 2 * N * V * D
 
 
+# Operators whose result the host of a GPU has to wait for.
+WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::bincount", "aten::_unique2")
+
+
+@pytest.mark.parametrize("ignore_index, waits", [(None, (0, 3)), (-100, (2, 4))])
+def test_how_often_a_gpu_would_be_waited_for(monkeypatch, case, fused, op, ignore_index, waits):
+    """linear_logprobs: for the number of rows that count, in the forward and in the backward. The loss: for the range of the
+    ids, the rows that count, the lengths, and the rows that have a gradient."""
+    if fused.device != "cpu":
+        pytest.skip("counted on the CPU, where no wait hides behind another")
+    hidden, weight = leaves(case, "hidden", "weight")
+    lists, tolist = [], torch.Tensor.tolist
+    with monkeypatch.context() as patch:
+        for module in (_token_ops, _sequence_loss):
+            patch.setattr(module, "check_targets_in_range", lambda *_: None)  # which a GPU is not asked
+        patch.setattr(_rows_torch, "scale_", torch.Tensor.mul_)  # nor for the upstream scalar
+        patch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(tensor) or tolist(tensor))
+        events = profiled(lambda: op(fused, hidden, weight, case, ignore_index=ignore_index).backward()).events()
+    assert len(lists) + sum(event.name in WAITS for event in events) == waits[op is groups]
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradient_less_budget_does(fused, op, mode):
     """The float32 sums of a bfloat16 gradient that nobody will ask for are not counted."""
@@ -177,3 +198,16 @@ def test_bytes_in_flight(fused, op, rows, columns, dtype):
     gradients = (rows + columns) * 8 * dtype.itemsize
     assert peak < 2 * gradients + budget + 100 * rows + 6 * 2**20, f"{peak / 2**20:.1f} MiB"
     assert peak > gradients, "the profiler saw no allocations"
+
+
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=str)
+def test_bytes_of_wide_logits(fused, op, logits_dtype):
+    """A budget of many tiles, of which the narrow gradient beside float32 logits is a fifth or more."""
+    if fused.interpreted:
+        pytest.skip("1024 rows are slow under Triton's interpreter; the plan is shared with the torch backend")
+    case = make_case(1024, 8192, 8, seed=3, dtype=torch.bfloat16, bias=False).to(fused.device)
+    hidden, weight = leaves(case, "hidden", "weight")
+    budget = 40 * 2**20
+    options = {"memory_budget": budget, "logits_dtype": logits_dtype}
+    peak = peak_bytes(lambda: op(fused, hidden, weight, case, **options).backward(), fused.device)
+    assert 0.5 * budget < peak < budget + 6 * 2**20, f"{peak / 2**20:.1f} MiB"

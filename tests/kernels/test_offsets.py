@@ -39,6 +39,6 @@ def test_rows_past_2_to_the_31(rows):
     assert torch.allclose((target - m - s.log()).double(), logprobs, atol=1e-5)
     assert torch.allclose((s.log() - u / s).double(), entropy, atol=1e-5)
     g = torch.tensor([0.5, -1.0, 2.0])
-    rows.dlogits_(logits, None, targets, m, s.log(), s.log() - u / s, g, g, g, LogitTransform())
+    rows.dlogits_(logits, logits, None, targets, m, s.log(), s.log() - u / s, g, g, g, LogitTransform())
     (logprobs + entropy + logsumexp).mul(g).sum().backward()
     assert torch.allclose(logits.double(), z.grad, atol=2e-3)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tspin_kernels import linear_logprobs, linear_sequence_loss
 
-from .oracle import evaluate, make_case, plain_logprobs, plain_sequence_loss, relative_error
+from .oracle import evaluate, least_budget, make_case, plain_logprobs, plain_sequence_loss, relative_error
 from .preferences import tspin
 from .sequences import BUDGETS, UPSTREAM, budget_options, evaluate_loss, make_sequences
 
@@ -74,15 +74,21 @@ def test_autocast_leaves_float32_logits_alone(implementation, dtype):
         assert min((getattr(got, name).cpu() - truth).abs().max() for truth in truths) < 1e-4, name
 
 
+def under_autocast(backend, dtype):
+    """linear_sequence_loss under autocast of the device that its tensors are on."""
+
+    def op(hidden, *args, **options):
+        with torch.autocast(hidden.device.type, dtype=dtype):
+            return linear_sequence_loss(hidden, *args, **{"backend": backend, **options})
+
+    return op
+
+
 @pytest.mark.parametrize("budget", [None, 1])
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
 def test_autocast_sequence_loss(implementation, dtype, budget):
     sequences = make_sequences(3, seed=3)
-
-    def op(*args, **options):
-        with torch.autocast(implementation.device, dtype=dtype):
-            return linear_sequence_loss(*args, **{"backend": implementation.backend, **options})
-
+    op = under_autocast(implementation.backend, dtype)
     double = make_sequences(3, seed=3, dtype=torch.float64)
     short = make_sequences(3, seed=3, dtype=dtype)
     exact, plain = evaluate_loss(plain_sequence_loss, double, tspin), evaluate_loss(plain_sequence_loss, short, tspin)
@@ -136,19 +142,14 @@ def test_gradient_scaler_trains_float32_weights(fused, budget):
     def loss_fn(s):
         return 1e-6 * tspin(s)
 
-    op = partial(linear_sequence_loss, backend=fused.backend)
-    with torch.autocast(fused.device, dtype=torch.float16):
-        loss, _ = op(
-            F.linear(case.hidden, trunk),
-            head,
-            case.targets,
-            sequences.sequence_ids.to(fused.device),
-            loss_fn,
-            case.bias,
-            group_size=3,
-            **budget_options(op, sequences, loss_fn, budget),
-        )
-    scaler.scale(loss).backward()
+    @torch.autocast(fused.device, dtype=torch.float16)
+    def call(memory_budget=None):
+        ids = sequences.sequence_ids.to(fused.device)
+        arguments = (F.linear(case.hidden, trunk), head, case.targets, ids, loss_fn, case.bias)
+        options = {"group_size": 3, "memory_budget": memory_budget, "backend": fused.backend}
+        return linear_sequence_loss(*arguments, **options)[0]
+
+    scaler.scale(call(None if budget is None else least_budget(call))).backward()
     scaler.unscale_(optimizer)
     exact = evaluate_loss(plain_sequence_loss, make_sequences(3, seed=5, dtype=torch.float64), tspin)
     want = {name: exact[name] / UPSTREAM * 1e-6 for name in ("dhidden", "dweight")}

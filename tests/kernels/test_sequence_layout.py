@@ -86,6 +86,27 @@ def test_no_token_counts(op, implementation, everything):
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("weights", [[1.0, 0.0, 0.5], [0.0, 0.0, 0.0], [0.0, 0.0, 2.0]], ids=str)
+def test_uninitialised_memory_is_never_read(op, implementation, budget, weights):
+    """`use_deterministic_algorithms` fills fresh memory with NaN; groups without weight write nothing."""
+    sequences = replace(make_sequences(3, 3, seed=5, ignored=0.3), group_inputs=(torch.tensor(weights),))
+
+    def weighted(s, w):
+        return w * tspin(s)
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert_loss_matches_oracle(op, sequences, weighted, device=implementation.device, budget=budget)
+        if implementation.backend != "reference":
+            options = {"filter_tolerance": 1e-6, **budget_options(op, sequences, weighted, budget)}
+            got = evaluate_loss(op, sequences, weighted, device=implementation.device, **options)
+            assert all(value.isfinite().all() for value in got.values())
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
 def test_shared_hidden_rows(op, implementation, budget):
     """One hidden row predicts the first token of several responses: its gradient is the sum over them."""
     sequences = make_sequences(3, seed=5)

@@ -93,7 +93,9 @@ def test_help_of_run_lists_every_key_once_with_its_default(capsys):
     [
         ([], ["COMMAND", "--help"]),
         (["fly"], ["fly", "demo"]),
-        (["run"], ["output_dir is required"]),
+        (["run"], ["model_name_or_path is required"]),
+        (["run", "--model_name_or_path", "m", "--dataset", "d"], ["output_dir is required"]),
+        (["run", "--model_nam", "m"], ["did you mean model_name_or_path"]),
         (["run", "--output_dir", "x"], ["model_name_or_path is required"]),
         (
             ["run", "--output_dir", "x", "--model_name_or_path", "m", "--dataset", "d", "--iteratons", "2"],
@@ -101,10 +103,11 @@ def test_help_of_run_lists_every_key_once_with_its_default(capsys):
         ),
         (["run", "--config", "absent.yaml"], ["absent.yaml"]),
         (["run", "stray"], ["--key value", "stray"]),
-        (["run", "--conf", "x"], ["output_dir"]),
+        (["run", "--conf", "x"], ["unknown key 'conf'", "config?"]),
         (["train", "--output_dir", "x"], ["--triplets"]),
         (["train", "--triplets", "t", "--iteration", "x"], ["--iteration"]),
-        (["eval", "--model_name_or_path", "m"], ["eval_dataset is required"]),
+        (["eval", "--model_name_or_path", "m"], ["eval_dataset is required, or tasks"]),
+        (["eval", "--model_name_or_path", "m", "--tasks", "a,a"], ["tasks: want", "a twice"]),
         (["report"], ["RUN"]),
         (["report", "absent-run"], ["absent-run"]),
         (["env", "--seed", "1"], ["unrecognised", "--seed"]),
@@ -246,6 +249,16 @@ def test_check_shows_rows_with_their_special_tokens(model_dir, rows, capsys):
     assert "prompt    Q | Ġ | p | 0 | Ġ | A | Ġ\n" in text
     assert "response  r | 0 | [[</s>]]\n" in text
     assert "row 0" in text and "row 1" not in text
+
+
+def test_check_says_where_prompts_cannot_be_shared(model_dir, rows, capsys, monkeypatch):
+    monkeypatch.setattr("tspin.prefix.refusal", lambda model: "its layers include ['conv']")
+    words = ["check", "--model_name_or_path", str(model_dir), "--dataset", str(rows), *KEYS]
+    assert cli.main(words) == 0
+    assert "a row of its own for every response, as its layers include ['conv']" in capsys.readouterr().out
+    assert cli.main([*words, "--prefix_sharing", "off"]) == 0 and "conv" not in capsys.readouterr().out
+    assert cli.main([*words, "--prefix_sharing", "on"]) == 2
+    assert "NO  model: prefix_sharing: its layers include ['conv'], so its prompts cannot" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def values_of(toy: Path, output_dir: Path, **changes) -> dict:
 
 
 def records(directory: Path) -> dict:
-    done = storage.read_json(directory / "state.json")["done"]
+    done = storage.read_record(directory / "state.json")["done"]
     # metrics.jsonl holds times
     return {name: record for name, record in done.items() if not name.endswith("/train")}
 

@@ -65,6 +65,10 @@ def ids_of(text: str) -> list[int]:
     return TOKENIZER(text, add_special_tokens=False).input_ids
 
 
+def rendered(prompt: str) -> str:
+    return f"### Instruction: {prompt}\n\n### Response: "
+
+
 def config_for(path, **values) -> SelfPlayConfig:
     return SelfPlayConfig.from_dict({"model_name_or_path": str(Path(path).parent), "dataset": str(path), **values})
 
@@ -99,12 +103,54 @@ def test_every_layout_gives_the_same_example(tmp_path, prompt, response, bos):
     assert [e.row for e in examples] == list(range(len(records)))
     start = [1] if bos else []
     for example in examples:
-        assert (example.prompt, example.response) == (prompt, response)
-        assert example.prompt_ids == start + ids_of(f"### Instruction: {prompt}\n\n### Response: ")
+        assert (example.prompt, example.response) == (rendered(prompt), response)
+        assert example.prompt_ids == start + ids_of(rendered(prompt))
         assert example.response_ids == [*ids_of(response), END]
     mapped = write_jsonl(tmp_path / "mapped.jsonl", [{"question": prompt, "answer": response, "messages": 1}])
     again, _ = load_examples(config_for(mapped, prompt_column="question", response_column="answer"), TOKENIZER)
     assert again[0].response_ids == examples[0].response_ids
+
+
+def test_the_first_round_of_a_conversation_ends_at_its_first_answer(tmp_path):
+    def turns(*contents):
+        return [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, contents)]
+
+    records = [
+        {"prompt": "q1", "prompt_id": "7", "messages": turns("q1", "a1", "q2", "a2")},
+        {"messages": turns("q1", "a1")},
+        {"chosen": turns("q1", "a1", "q2", "a2")},
+    ]
+    path = write_jsonl(tmp_path / "train_sft-0.jsonl", records)
+    write_jsonl(tmp_path / "train_gen-0.jsonl", [{"messages": turns("x", "y")}])
+    first, _ = load_examples(config_for(tmp_path, conversation_round="first", dataset_split="train_sft"), TOKENIZER)
+    assert [(e.prompt, e.response) for e in first] == [("q1", "a1")] * 3
+    assert [e.response_ids for e in first] == [[*ids_of("a1"), END]] * 3
+    last, report = load_examples(config_for(path, on_bad_row="skip"), TOKENIZER)
+    assert [e.row for e in last] == [1] and report.bad == 2  # a plain template takes one user turn
+    chat, _ = load_examples(
+        config_for(path, prompt_template="chat", conversation_round="first"), make_tokenizer(eos="<|end|>")
+    )
+    assert chat[0].prompt == "<|user|>q1<|end|>\n<|assistant|>" and chat[0].response == "a1"
+
+
+def test_choices_are_the_other_answers_of_a_held_out_row(tmp_path):
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}
+    records = [
+        {"prompt": "q", "response": "b", "all": ["a", "b", "c", "a"]},
+        {"prompt": "q", "response": "b", "all": "a"},
+        {"chosen": [user, answer], "all": [user, answer | {"content": "a"}]},
+    ]
+    path = write_jsonl(tmp_path / "test.jsonl", records)
+    options = {"eval_dataset": str(path), "choices_column": "all"}
+    held_out, _ = load_examples(config_for(path, **options), TOKENIZER, split="eval")
+    assert [[text for text, _ in e.choices] for e in held_out] == [["a", "c"], ["a"], ["a"]]
+    assert all(ids == [*ids_of(text), END] for e in held_out for text, ids in e.choices)
+    train, _ = load_examples(config_for(path, **options), TOKENIZER)
+    assert [e.choices for e in train] == [()] * 3
+    for wrong in (None, [], ["a", 1], ["b"], 3, ["a", " "]):
+        write_jsonl(path, [{"prompt": "q", "response": "b", "all": wrong}])
+        with pytest.raises(BadRow, match="column 'all': want"):
+            load_examples(config_for(path, **options), TOKENIZER, split="eval")
 
 
 @quick
@@ -289,9 +335,11 @@ def test_files_directories_splits_and_first_rows(tmp_path):
     (tmp_path / "main").mkdir()
     write_jsonl(tmp_path / "main" / "a.jsonl", rows[5:])
     config = config_for(tmp_path, eval_dataset=str(tmp_path), max_rows=3)
-    assert [e.prompt for e in load_examples(config, TOKENIZER)[0]] == ["p0", "p1", "p2"]
-    assert [e.prompt for e in load_examples(config, TOKENIZER, split="eval")[0]] == ["p4"]
-    assert [e.prompt for e in load_examples(config_for(tmp_path, dataset_config="main"), TOKENIZER)[0]] == ["p5"]
+    assert [e.prompt for e in load_examples(config, TOKENIZER)[0]] == [rendered(p) for p in ("p0", "p1", "p2")]
+    assert [e.prompt for e in load_examples(config, TOKENIZER, split="eval")[0]] == [rendered("p4")]
+    assert [e.prompt for e in load_examples(config_for(tmp_path, dataset_config="main"), TOKENIZER)[0]] == [
+        rendered("p5")
+    ]
     assert len(load_examples(config_for(tmp_path, dataset_config="absent"), TOKENIZER)[0]) == 4
     assert [where for where, _ in read_rows(str(tmp_path), None, "train")] == [
         *(f"{tmp_path}/train-00000-of-00002.jsonl, line {i}" for i in (1, 2)),
@@ -346,7 +394,7 @@ def test_gsm8k_is_read_whole():
     examples, report = load_examples(config, TOKENIZER)
     assert (report.total, report.kept) == (7473, 7473)
     source = json.loads((GSM8K / "train.jsonl").read_text().splitlines()[7472])
-    assert (examples[-1].prompt, examples[-1].response) == (source["question"], source["answer"])
+    assert (examples[-1].prompt, examples[-1].response) == (rendered(source["question"]), source["answer"])
     assert TOKENIZER.decode(examples[-1].response_ids) == source["answer"] + "</s>"
     assert len(load_examples(config, TOKENIZER, split="eval")[0]) == 9
 

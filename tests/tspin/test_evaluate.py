@@ -103,6 +103,26 @@ def test_exact_match_is_of_greedy_and_of_sampled_responses():
         assert evaluate(model, tokenizer, known, seed=3, max_new_tokens=6, batch_size=8)[key] == sum(ended) / 30
 
 
+@pytest.mark.parametrize("length", [1, 9], ids=["short", "long"])
+def test_accuracy_is_the_share_of_rows_whose_annotated_answer_is_the_likeliest(length):
+    model, tokenizer, rows = toy_model(sharpness=2.0), toy_tokenizer(), held_out(12)
+    others = [(("y" * length, [3, 4, 1]), ("z", [5, 1])) if e.row % 20 else (("z", [5, 1]),) for e in rows]
+    rows = [
+        dataclasses.replace(e, response="abc", response_ids=e.response_ids[i % 3 :], choices=c)
+        for i, (e, c) in enumerate(zip(rows, others))
+    ]
+    result = evaluate(model, tokenizer, rows, max_new_tokens=2, sampled=False, scoring_batch_size=5)
+    scores = [
+        [(plain_logprob(model, e.prompt_ids, ids), len(text)) for text, ids in (("abc", e.response_ids), *e.choices)]
+        for e in rows
+    ]
+    right = [own[0] > max(s for s, _ in rest) for own, *rest in scores]
+    normed = [own[0] / 3 > max(s / n for s, n in rest) for own, *rest in scores]
+    assert 0 < sum(right) < 12 and right != normed
+    assert (result["accuracy"], result["accuracy_norm"]) == (sum(right) / 12, sum(normed) / 12)
+    assert "accuracy" not in evaluate(model, tokenizer, held_out(), max_new_tokens=2, sampled=False)
+
+
 def test_no_held_out_rows_is_an_error():
     with pytest.raises(ValueError, match="examples: want at least one"):
         evaluate(toy_model(), toy_tokenizer(), [])

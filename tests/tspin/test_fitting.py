@@ -92,7 +92,7 @@ def test_remedies_are_predictions_and_end_where_it_fits(tmp_path):
     SMALL.save_pretrained(tmp_path)
     config = run_config(tmp_path)
     args = TSPINConfig(output_dir="x", **config.training_at(1))
-    check = MemoryCheck.of_run(config, args, 1, 256, 64, 24 * MIB)
+    check = MemoryCheck.of_run(config, args, Context(256, (64,) * 3), 24 * MIB)
     assert not check.fits
     remedies = list(check.remedies())
     peaks = [check.prediction.peak, *(peak for _, peak in remedies)]

@@ -15,8 +15,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerState
 
-from tspin import loop, storage, trainer
-from tspin.callbacks import Sealing
+from tspin import checkpoints, loop, storage, trainer
 from tspin.config import SelfPlayConfig
 from tspin.generate import derived_seed
 from tspin.loading import load_model
@@ -194,7 +193,7 @@ def test_training_starts_from_the_policy_of_the_last_iteration(toy, tmp_path):
 def test_a_resumed_training_drops_the_log_lines_after_its_checkpoint(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 2}\n{"step": 4}\n{"st')
-    sealing, state = Sealing(storage.Checkpoints(tmp_path), metrics, None), TrainerState()
+    sealing, state = checkpoints.Sealing(checkpoints.Checkpoints(tmp_path), metrics, None), TrainerState()
     state.log_history = [{"step": 2}]
     sealing.on_train_begin(None, state, None)
     state.log_history.append({"step": 4})
@@ -319,14 +318,27 @@ def test_what_is_deleted_or_altered_is_made_again(finished, toy, tmp_path, damag
         assert "its files are missing or altered" in caplog.text
 
 
-def test_a_missing_policy_that_cannot_be_made_again_is_named(finished, toy, tmp_path):
-    directory = copy_of(finished("tspin"), tmp_path)
+def test_a_policy_that_is_needed_again_is_made_again_from_the_start(finished, toy, tmp_path):
+    result = finished("tspin")
+    directory = copy_of(result, tmp_path)
     shutil.rmtree(directory / "iter_00")
     (directory / "iter_01" / "eval.json").unlink()
     shutil.rmtree(directory / "iter_01" / "model")
     shutil.rmtree(directory / "iter_01" / "checkpoints")
-    with pytest.raises(ValueError, match=r"iter_00/model is missing; restore it, or delete .*iter_00 and all later"):
-        SelfPlay(toy_config(toy, directory, method="tspin")).run()
+    assert SelfPlay(toy_config(toy, directory, method="tspin")).run().model_hash == result.model_hash
+    assert outcome(directory) == outcome(result.output_dir)
+
+
+def test_an_altered_policy_is_never_loaded(finished, toy, tmp_path):
+    directory = copy_of(finished("tspin"), tmp_path)
+    play = SelfPlay(toy_config(toy, directory, method="tspin"))
+    play.run()
+    path = directory / "iter_00" / "model" / "config.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(
+        ValueError, match=r"iter_00/model is missing or altered; restore it, or delete .*iter_00 and all"
+    ):
+        play._load(1)
 
 
 def test_a_changed_config_is_refused_with_the_difference(finished, toy, tmp_path):
@@ -370,8 +382,8 @@ def test_an_unknown_model_is_named(toy, tmp_path, monkeypatch):
 
 def test_another_number_of_processes_is_refused(finished, toy, tmp_path):
     directory = copy_of(finished("tspin"), tmp_path)
-    record = storage.read_json(directory / "run.json")
-    storage.write_json(directory / "run.json", {**record, "processes": 2})
+    record = storage.read_record(directory / "run.json")
+    storage.write_record(directory / "run.json", {**record, "processes": 2})
     with pytest.raises(ValueError, match="of 2 processes, now there are 1"):
         SelfPlay(toy_config(toy, directory, method="tspin")).run()
 
@@ -419,6 +431,32 @@ def test_a_directory_in_use_is_refused(toy, tmp_path):
         with pytest.raises(ValueError, match=f"in use by process {holder.pid}"):
             SelfPlay(toy_config(toy, tmp_path / "run")).run()
         holder.communicate("\n")
+
+
+def test_a_step_without_memory_leaves_a_run_that_goes_on(toy, tmp_path, monkeypatch):
+    steps, whole = [], tmp_path / "whole"
+    SelfPlay(toy_config(toy, whole)).run()
+    step = Trainer.training_step
+
+    def full(*args):
+        steps.append(args)
+        if len(steps) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(*args)
+
+    for name in ("same", "changed"):
+        steps.clear()
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="out of memory in step 5; predicted"):
+            patch.setattr(Trainer, "training_step", full)
+            patch.setattr(trainer, "gpu_memory", lambda device: 2**30)
+            SelfPlay(toy_config(toy, tmp_path / name, sequential_backward="off")).run()
+        assert len(steps) == 5 and (tmp_path / name / "iter_00/checkpoints/checkpoint-3/complete.json").exists()
+    # From the last checkpoint, to bitwise the same weights; or with the keys that the message names.
+    SelfPlay(toy_config(toy, tmp_path / "same", sequential_backward="off")).run()
+    assert model_hash(tmp_path / "same/iter_01/model") == model_hash(whole / "iter_01/model")
+    remedy = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "sequential_backward": "on"}
+    SelfPlay(toy_config(toy, tmp_path / "changed", **remedy, allow_config_change=True)).run()
+    assert (tmp_path / "changed/iter_01/model/model.safetensors").exists()
 
 
 def test_adapters_over_quantized_weights(tmp_path, monkeypatch):

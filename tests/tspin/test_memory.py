@@ -213,3 +213,25 @@ def test_a_shared_row_on_a_gpu_costs_what_the_kernel_for_it_keeps(tmp_path, soft
     # Without a soft cap, 32 bits have no kernel that reads a prompt's keys and values where they are: a copy for each response.
     copies = 3 * 2 * 1024 * SIZES["num_hidden_layers"] * 64
     assert ((long[1] - long[0]) - (short[1] - short[0]) >= copies) == (softcap is None)
+
+
+def test_gpus_divide_what_is_kept_and_gather_a_layer_at_a_time(tmp_path):
+    args, config = training_args(tmp_path, gradient_checkpointing=True), CONFIGS["llama"]
+    alone, two, many = (
+        predict_memory(config, args, prompt_tokens=40, response_tokens=10, gpus=n) for n in (1, 2, 10**9)
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters()) * 4
+    rest = sum(p.numel() for p in model.parameters()) * 4 - 5 * layer
+    assert set(alone.phases) == set(two.phases)
+    for phase, terms in alone.phases.items():
+        shared = two.phases[phase]
+        for term, size in terms.items():
+            kept = term in ("weights", "optimizer states", "gradients", "optimizer's temporaries")
+            assert shared[term] == (-(-size // 2) if kept else size), (phase, term)
+            assert not kept or many.phases[phase][term] == 1
+        gathered = {"optimizer": 0, "forward": 2 * layer + rest}.get(phase, 2 * (2 * layer + rest))
+        assert shared.get("gathered by FSDP2", 0) == gathered
+    half = training_args(tmp_path, bf16=True)
+    terms = predict_memory(config, half, prompt_tokens=40, response_tokens=10, gpus=2).phases["forward"]
+    assert terms["gathered by FSDP2"] == (2 * layer + rest) // 2 and "weight copies of autocast" not in terms

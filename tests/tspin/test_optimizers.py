@@ -65,6 +65,25 @@ def test_states_and_temporaries_are_those_of_a_step(tmp_path, monkeypatch, name,
     assert found.temporaries(weights) == pytest.approx(temporaries, abs=256)
 
 
+@pytest.mark.parametrize("name", ["rmsprop_bnb_8bit", "adamw_bnb_8bit", "rmsprop_bnb_32bit"])
+def test_states_of_8_bits_are_trained_with_and_priced(tmp_path, name):
+    pytest.importorskip("bitsandbytes", reason="the extra quantization is not installed")
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=256))
+    row = {"prompt_ids": [3], "chosen_ids": [4, 5], "rejected_ids": [6]}
+    args = args_of(tmp_path, optim=name, max_steps=1, save_strategy="no", disable_tqdm=True, learning_rate=1e-3)
+    trainer = TSPINTrainer(model, args, [row])
+    before = model.lm_head.weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(model.lm_head.weight, before)
+    state = trainer.optimizer.state[model.lm_head.weight]
+    assert (state["state1"].dtype == torch.uint8) == name.endswith("8bit")
+    # bitsandbytes keeps tables of 256 values, and states of small weights in 32 bits.
+    held = sum(t.nbytes for key, t in state.items() if torch.is_tensor(t) and not key.startswith("qmap"))
+    found = optimizer_bytes(args, torch.float32, gpu=True).states([model.lm_head.weight])
+    assert found == pytest.approx(held, rel=0.02)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS[:3])
 def test_one_at_a_time_takes_the_same_step(name, tmp_path):
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args_of(tmp_path, optim=name, learning_rate=0.1))

@@ -24,6 +24,7 @@ CASES = {method: {"method": method} for method in METHODS} | {
     "adam": {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1},
     "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "not reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "offloaded": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"offload": True}},
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from test_trainer import BARE, QUIET, V, build, parameters, train, triplets
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 import tspin.trainer
 from tspin.data import MEMBERS, TripletCollator
@@ -127,17 +127,6 @@ def test_a_step_without_any_weight_still_has_gradients(tmp_path):
     assert torch.equal(points[-1], parameters(build())) and logs[0]["loss"] == 0
 
 
-def test_deepspeed_is_refused(tmp_path, monkeypatch):
-    def pretend(self, create=Trainer.create_accelerator_and_postprocess):
-        create(self)
-        self.is_deepspeed_enabled = True
-
-    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", pretend)
-    args = TSPINConfig(output_dir=str(tmp_path), use_cpu=True, sequential_backward="on")
-    with pytest.raises(ValueError, match=r"sequential_backward: want 'off' with DeepSpeed.*FSDP2"):
-        TSPINTrainer(build(), args, triplets(2))
-
-
 def prediction(rows, **options) -> MemoryCheck:
     args = TSPINConfig(output_dir="x", **QUIET | BARE | options)
     longest = max(rows, key=lambda row: sum(len(row[f"{name}_ids"]) for name in ("prompt", *MEMBERS)))
@@ -172,12 +161,14 @@ def test_where_no_prediction_can_be_made_the_pass_is_joint(tmp_path, monkeypatch
     assert not trainer.sequential and "cannot be predicted for LlamaForCausalLM: 'model_type'" in caplog.text
 
 
-@pytest.mark.parametrize("size", [None, 2**30])
-def test_a_step_without_memory_names_the_remedies_where_they_are_known(tmp_path, monkeypatch, size):
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+def out_of_memory(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(Trainer, "training_step", full)
+
+@pytest.mark.parametrize("size", [None, 2**30])
+@pytest.mark.parametrize("where", [(Trainer, "training_step"), (torch.optim.SGD, "step")], ids=["step", "optimizer"])
+def test_a_step_without_memory_names_the_remedies_where_they_are_known(tmp_path, monkeypatch, size, where):
+    monkeypatch.setattr(*where, out_of_memory)
     monkeypatch.setattr(tspin.trainer, "gpu_memory", lambda device: size)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         train(tmp_path, triplets(4))
@@ -188,3 +179,17 @@ def test_a_step_without_memory_names_the_remedies_where_they_are_known(tmp_path,
             r"triplet; what would help, each with those before it: per_device_train_batch_size: 1, ",
             str(caught.value),
         )
+
+
+def test_a_sharded_step_without_memory_names_keys_without_a_prediction(tmp_path, monkeypatch):
+    class Sharded(TSPINTrainer):
+        is_fsdp_enabled = True
+
+    monkeypatch.setattr(Trainer, "train", out_of_memory)
+    trainer = Sharded.__new__(Sharded)
+    trainer.args = TSPINConfig(output_dir=str(tmp_path), **QUIET, sequential_backward="off")
+    trainer.state, trainer._sharing, trainer.is_deepspeed_enabled = TrainerState(), None, False
+    with pytest.raises(
+        StepTooLargeError, match=r"out of memory in step 1; what sharding saves .*sequential_backward: on"
+    ):
+        trainer.train()

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from tspin import storage
+from tspin.checkpoints import Checkpoints
 
 TABLE = pa.table({"row": [3, 1], "text": ["a", "b"]})
 
@@ -194,7 +195,7 @@ def test_parquet_is_written_whole(tmp_path):
 
 
 def checkpoint(directory, step, *, sealed=True, origin="a", max_steps=9):
-    checkpoints = storage.Checkpoints(directory, {"origin": origin})
+    checkpoints = Checkpoints(directory, {"origin": origin})
     checkpoints.at(step).mkdir(parents=True)
     (checkpoints.at(step) / "weights").write_text(str(step))
     if sealed:
@@ -207,7 +208,7 @@ def steps_in(directory):
 
 
 def test_only_sealed_checkpoints_count(tmp_path):
-    assert storage.Checkpoints(tmp_path).last() is None
+    assert Checkpoints(tmp_path).last() is None
     checkpoint(tmp_path, 2)
     checkpoint(tmp_path, 10, max_steps=10)
     checkpoints = checkpoint(tmp_path, 12, sealed=False)
@@ -251,17 +252,17 @@ def test_a_run_is_bound_to_its_model_data_and_processes(tmp_path, caplog, change
     path = tmp_path / "run.json"
     storage.bind(path, RECORD)
     storage.bind(path, RECORD)
-    assert storage.read_json(path) == RECORD and not caplog.text
+    assert storage.read_record(path) == RECORD and not caplog.text
     if refused:
         with pytest.raises(ValueError, match=refused):
             storage.bind(path, RECORD | change)
     else:
         storage.bind(path, RECORD | change)
         assert "results may differ in their bits" in caplog.text
-    assert storage.read_json(path) == RECORD
+    assert storage.read_record(path) == RECORD
     if allowed:
         storage.bind(path, RECORD | change, allow_change=True)
-        assert storage.read_json(path) == (RECORD | change if refused else RECORD)
+        assert storage.read_record(path) == (RECORD | change if refused else RECORD)
     else:
         with pytest.raises(ValueError, match=refused):
             storage.bind(path, RECORD | change, allow_change=True)

@@ -1,0 +1,288 @@
+"""What a run says of its models and its data, as the hub's cards: README.md files whose YAML head `huggingface_hub` reads.
+
+A card is a pure function of what the run directory records, so that a run made twice, or resumed, has the same bytes: no times, no
+path of this machine. The loop writes the cards after each iteration; a hash of a stage leaves README.md out (`storage`).
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from tspin import storage
+from tspin.config import SelfPlayConfig
+from tspin.report import read_iterations
+from tspin.trainer import TSPINConfig
+
+logger = logging.getLogger(__name__)
+
+_METHODS = {"tspin": "T-SPIN", "tspin_no_history": "T-SPIN without history", "tspin_ref": "T-SPIN with a reference"}
+_METHODS |= {"spin": "SPIN", "sft": "supervised fine-tuning"}
+# Header, key of eval.json, format.
+_SCORES = (
+    ("exact match", "exact_match", ".3f"),
+    ("sampled match", "exact_match_sampled", ".3f"),
+    ("log-prob of an annotated response, nats", "logprob", ".2f"),
+    ("own samples likelier than the annotated response", "fresh_share", ".3f"),
+)
+# What a card tells by itself, or what is about a machine.
+_TOLD = {
+    "method",
+    "alpha",
+    "beta",
+    "beta_first_iteration",
+    "lam",
+    "learning_rate",
+    "num_train_epochs",
+    "optim",
+    "loss_type",
+}
+_TOLD |= {
+    "logp_reduction",
+    "sft_coef",
+    "entropy_coef",
+    "use_cpu",
+    "disable_tqdm",
+    "report_to",
+    "deepspeed",
+    "fsdp_config",
+}
+_CITATION = """```bibtex
+@inproceedings{wang2025triplets,
+  title     = {Triplets Better Than Pairs: Towards Stable and Effective Self-Play Fine-Tuning for {LLMs}},
+  author    = {Wang and others},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2025},
+  note      = {arXiv:2601.08198}
+}
+```
+"""
+# Of a column's name, or of its end.
+_COLUMNS = {
+    "row": "number of the row in the source",
+    "prompt": "the prompt as the model saw it",
+    "chosen": "the annotated response",
+    "rejected": "a sample of the policy that the iteration started from",
+    "proto": "a sample of the initial policy",
+    "_ids": "the token ids that were trained on",
+    "_finish_reason": "`stop`, or `length` where the sample was cut short",
+    "_logps": "log-prob under the previous policy, nats",
+}
+
+
+def write_cards(run_dir: str | Path) -> None:
+    """Write README.md, of the triplets, into the run directory and one into each iteration's model directory."""
+    run = _Run(Path(run_dir))
+    for t in run.finished("model"):
+        storage.write_atomic(run.at(t) / "model" / "README.md", model_card(run, t).encode())
+    if run.tables:
+        storage.write_atomic(run.directory / "README.md", data_card(run).encode())
+
+
+class _Run:
+    """The records of a run directory that the cards tell."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.config = SelfPlayConfig.from_file(directory / "config.yaml")
+        self.record = storage.read_record(directory / "run.json")
+        self.done = storage.read_record(directory / "state.json")["done"]
+        self.scores = {row["iteration"]: row for row in read_iterations(directory)}
+        self.tables: dict[int, tuple[list[str], int, str]] = {}
+        for t in self.finished("triplets"):
+            path = self.at(t) / "triplets.parquet"
+            try:
+                self.tables[t] = _facts(path)
+            except (pa.ArrowException, OSError) as error:
+                logger.warning("%s is not a whole parquet file: %s; its card leaves it out", path, error)
+
+    def at(self, t: int) -> Path:
+        return self.directory / f"iter_{t:02d}"
+
+    def finished(self, stage: str) -> list[int]:
+        """The iterations that have done a stage and still hold what it made."""
+        done = {t: self.done.get(f"iter_{t:02d}/{stage}") for t in range(self.config.iterations)}
+        return [t for t, record in done.items() if record and (self.directory / record["path"]).exists()]
+
+    def training_args(self, t: int) -> TSPINConfig:
+        return TSPINConfig(str(self.directory), **self.config.training_at(t))
+
+    @property
+    def base(self) -> tuple[str | None, str]:
+        """pi_0 as a hub name, None for a local one, and in words."""
+        model = self.record["model"]
+        if name := model.get("name"):
+            return name, f"[{name}](https://huggingface.co/{name}), commit `{model['commit']}`"
+        weights = {file: digest for file, digest in model["files"].items() if file.endswith(".safetensors")}
+        name = Path(self.config.model_name_or_path).name
+        return None, f"a local checkpoint, `{name}`, SHA-256 of its weights `{storage.hash_json(weights)}`"
+
+    @property
+    def source(self) -> tuple[str | None, str]:
+        """The annotated rows as a hub name, None for local ones, and in words."""
+        name, data = self.config.dataset, self.record["data"]
+        rows = f"{data['rows']} rows, SHA-256 of their token ids `{data['sha256']}`"
+        is_local = Path(name).suffix in (".jsonl", ".json", ".parquet") or name[0] in "./~" or Path(name).exists()
+        if not is_local:
+            return name, f"[{name}](https://huggingface.co/datasets/{name}), {rows}"
+        return None, f"`{Path(name).name}`, {rows}"
+
+
+def model_card(run: _Run, t: int) -> str:
+    """The card of the policy that iteration t ended with."""
+    (base, base_text), (source, source_text), config = run.base, run.source, run.config
+    head: dict[str, Any] = {"base_model": base} if base else {}
+    head |= {"datasets": [source]} if source else {}
+    head |= {"library_name": "transformers", "license": "unknown", "pipeline_tag": "text-generation"}
+    head |= {"tags": ["self-play", "tspin", "t-spin"]}
+    args = run.training_args(t)
+    method, prompt = _METHODS[args.method], config.prompt_template
+    given = {key: value for key, value in sorted(config.training_at(t).items()) if key not in _TOLD}
+    facts = {
+        "Base model": base_text,
+        "Method": f"{method}, iteration {t} of 0 to {config.iterations - 1}",
+        **_coefficients(args, t),
+        "Learning rate": f"{args.learning_rate:g}, {args.num_train_epochs:g} epochs, {getattr(args.optim, 'value', args.optim)}",
+        "Other settings": ", ".join(f"`{key}: {value}`" for key, value in given.items()) or "defaults",
+        "Adapters": f"LoRA of rank {config.lora_r}, alpha {config.lora_alpha}, merged" if config.use_peft else "none",
+        "Data": source_text,
+        **({} if args.method == "sft" else {"Samples": _sampling(config)}),
+        "Prompt template": "the tokenizer's chat template" if prompt == "chat" else f"`{prompt!r}`",
+        "Seed": str(config.seed),
+        "SHA-256 of its other files": f"`{run.done[f'iter_{t:02d}/model'][f'iter_{t:02d}/model']}`",
+    }
+    return "\n".join(
+        [
+            f"---\n{_yaml(head)}---\n",
+            f"# {base or Path(config.model_name_or_path).name}, {method}, iteration {t}\n",
+            "Fine-tuned by self-play with [T-SPIN](https://arxiv.org/abs/2601.08198): annotated responses are preferred to the "
+            "model's own, and these to what the model said before any fine-tuning.\n"
+            if args.method.startswith("tspin")
+            else f"Fine-tuned by {method} in the loop of the package tspin.\n",
+            *_table(("setting", "value"), facts.items()),
+            "\n## Evaluation\n",
+            *_evaluation(run, t),
+            "\n## Versions\n",
+            _versions(run),
+            "\n## Licence\n",
+            "The weights are derived from the base model and keep the terms of its licence; the data may add their own. Put the "
+            "identifier that applies in place of `unknown` above.",
+            "\n## Citation\n",
+            _CITATION,
+        ]
+    )
+
+
+def data_card(run: _Run) -> str:
+    """The card of the triplets of all iterations so far, one configuration each."""
+    (base, base_text), (_, source_text), config = run.base, run.source, run.config
+    built = list(run.tables)
+    files = [{"config_name": f"iter_{t:02d}", "data_files": f"iter_{t:02d}/triplets.parquet"} for t in built]
+    files[-1]["default"] = True  # type: ignore[assignment]
+    head = {"configs": files, "license": "unknown", "tags": ["self-play", "tspin", "t-spin"]}
+    head |= {"task_categories": ["text-generation"]}
+    names = run.tables[built[-1]][0]
+    columns = [
+        (
+            f"`{name}`",
+            next(text for end, text in _COLUMNS.items() if name == end or (end[0] == "_" and name.endswith(end))),
+        )
+        for name in names
+    ]
+    rows = [(f"iter_{t:02d}", count, cut) for t, (_, count, cut) in run.tables.items()]
+    made_from = {"Source": source_text, "Model": base_text}
+    parts = ["# Annotated prompts of a run of the package tspin\n"]
+    usage: list[str] = []
+    if "rejected" in names:
+        made_from["Samples"] = _sampling(config)
+        parts = [
+            f"# Triplets of self-play from {base or Path(config.model_name_or_path).name}\n",
+            "Prompts with their annotated responses and, of each iteration, the model's own: the columns of TRL's preference data "
+            "sets, so that TRL takes them as they are.\n",
+        ]
+        usage = [
+            "\n```bash",
+            f"trl dpo --dataset_name THIS_REPOSITORY --dataset_config iter_{built[-1]:02d} --model_name_or_path MODEL",
+            "```\n",
+            "TRL tokenises the text columns again and ends every response; rows whose `rejected_finish_reason` is `length` did not "
+            "end. The `_ids` columns hold what was trained on.",
+        ]
+    return "\n".join(
+        [
+            f"---\n{_yaml(head)}---\n",
+            *parts,
+            *_table(("configuration", "rows", "samples cut short"), rows),
+            "",
+            *_table(("column", "what it holds"), columns),
+            "",
+            *_table(("made from", ""), made_from.items()),
+            *usage,
+            "\n## Versions\n",
+            _versions(run),
+            "\n## Licence\n",
+            "Prompts and annotated responses keep the licence of their source. The other responses are outputs of the model above, "
+            "whose licence may restrict their use. Put the identifier that applies in place of `unknown` above.",
+            "\n## Citation\n",
+            _CITATION,
+        ]
+    )
+
+
+def _yaml(head: dict[str, Any]) -> str:
+    return yaml.safe_dump(head, sort_keys=False, allow_unicode=True)
+
+
+def _coefficients(args: TSPINConfig, t: int) -> dict[str, str]:
+    if args.method == "sft":
+        return {}
+    named = {"lam": args.lam} if args.method == "spin" else {"alpha": args.alpha, "beta": args.beta_at(t)}
+    named |= {key: value for key in ("sft_coef", "entropy_coef") if (value := getattr(args, key))}
+    text = ", ".join(f"{name} {value:g}" for name, value in named.items())
+    return {"Coefficients": f"{text}; {args.loss_type} loss, {args.logp_reduction} of log-probs"}
+
+
+def _sampling(config: SelfPlayConfig) -> str:
+    text = f"at temperature {config.temperature:g}, at most {config.max_new_tokens} tokens"
+    text += f", top_p {config.top_p:g}" if config.top_p < 1 else ""
+    return text + (f", top_k {config.top_k}" if config.top_k else "")
+
+
+def _evaluation(run: _Run, t: int) -> list[str]:
+    scored = {s: run.scores[s] for s in range(-1, t + 1) if s in run.scores}
+    columns = [column for column in _SCORES if any(column[1] in row for row in scored.values())]
+    if not columns:
+        return ["None was made."]
+    rows = [
+        ["initial" if s < 0 else s, *(format(row[key], spec) if key in row else "" for _, key, spec in columns)]
+        for s, row in scored.items()
+    ]
+    config = run.config
+    held_out = Path(config.eval_dataset).name if config.eval_dataset else None
+    note = f"{scored[t].get('rows', '')} held-out rows of `{held_out}`. " if held_out and t in scored else ""
+    note += "Exact match: greedy, and of a sample at temperature 1."
+    return [*_table(("iteration", *(header for header, _, _ in columns)), rows), f"\n{note}"]
+
+
+def _versions(run: _Run) -> str:
+    held = {name: version for name, version in run.record["versions"].items() if version}
+    return ", ".join(f"{name} {version}" for name, version in held.items()) + f"; processes: {run.record['processes']}."
+
+
+def _table(header: tuple[str, ...], rows: Any) -> list[str]:
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *cells)]
+
+
+def _facts(path: Path) -> tuple[list[str], int, str]:
+    """Columns and number of rows of a table of triplets, and the share of samples cut short, '' where there are none."""
+    table = pq.ParquetFile(path)
+    names, rows = table.schema_arrow.names, table.metadata.num_rows
+    if "rejected_finish_reason" not in names:
+        return names, rows, ""
+    reasons = table.read(columns=["rejected_finish_reason"])["rejected_finish_reason"].to_pylist()
+    return names, rows, f"{reasons.count('length') / max(1, rows):.3f}"
