@@ -249,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _table(runs, f"Exact match on {size.test_rows} held-out sums (standard error at most {size.error:.3f})")
     )
     console.print(QUICK_CAVEAT if options.quick else CAVEAT.format(rows=size.train_rows))
+    console.print(f"plot     {comparison.directory / 'report' / 'scores.png'}", soft_wrap=True)
     console.print(f"report   {comparison.directory / 'report' / 'report.html'}", soft_wrap=True)
     console.print(f"T-SPIN   {results[0].model_dir}  sha256 {results[0].model_hash[:16]}", soft_wrap=True)
     console.print(f"again    tspin run --config {directory / 'config.yaml'} --output_dir ANOTHER", soft_wrap=True)

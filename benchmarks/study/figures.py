@@ -34,7 +34,7 @@ def draw(study: Study, folder: Path) -> list[str]:
     """Every figure that the rows allow, as PNG in `folder`. Returns their names."""
     from matplotlib import rc_context
 
-    figures = {"scores.png": _scores, "mechanism.png": _mechanism, "controls.png": _controls}
+    figures = {"rates.png": _rates, "scores.png": _scores, "mechanism.png": _mechanism, "controls.png": _controls}
     names = []
     with rc_context({**_LOOK, "axes.axisbelow": True}):
         for name, make in figures.items():
@@ -61,6 +61,27 @@ def _band(axis: Any, study: Study, name: str, of: Callable, steps: range, **styl
     axis.fill_between(
         x, [m - s for m, s in zip(mean, sd)], [m + s for m, s in zip(mean, sd)], color=style["color"], alpha=0.12, lw=0
     )
+
+
+def _rates(study: Study) -> Any:
+    """Validation score of the last policy against the learning rate, a small mark a seed."""
+    from benchmarks.study.result import LABELS
+
+    scores = {method: plan.tuning_scores(study.rows, method) for method in plan.METHODS}
+    if not any(scores.values()):
+        return None
+    figure, axis = _figure(1, 3.6)
+    for method, by_rate in scores.items():
+        colour, marker = _STYLE[method]
+        if by_rate:
+            means = [sum(values) / len(values) for values in by_rate.values()]
+            axis.plot(list(by_rate), means, color=colour, marker=marker, linewidth=1.6, label=LABELS[method])
+        for rate, values in by_rate.items():
+            axis.plot([rate] * len(values), values, color=colour, marker=marker, ls="", markersize=3, alpha=0.5)
+    axis.set(xscale="log", xlabel="learning rate", ylabel="exact match, greedy, last policy", ylim=(0, 1))
+    axis.set_title(f"Validation problems, seeds {plan.TUNING_SEEDS[0]} and {plan.TUNING_SEEDS[1]}")
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
 
 
 def _scores(study: Study) -> Any:

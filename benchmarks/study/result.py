@@ -54,6 +54,9 @@ that it needs lies on its side of the bound, *does not hold* where a mean lies o
 (b) more than {HALF} of SPIN's pairs misaligned at the end of iterations 1 and 2, and more fresh pairs in the wrong order than under
 T-SPIN; (c) T-SPIN on a quarter of the data, with as many steps, less SFT on all of it above -{MARGIN}; (d) a higher mean over
 iterations with history than without, and a smaller largest drop. The rules were written before the first confirming arm was run."""
+_TUNING = f"""\
+A share of {plan.EVAL_ROWS} problems has a standard error of at most {0.5 / plan.EVAL_ROWS**0.5:.3f}, and the two seeds differ by
+more: neighbouring rates are often not told apart. The rule takes the best mean all the same."""
 _COMMANDS = """\
     python -m benchmarks.study run --directory DIR --jobs 2    # goes on with the arms that have no row in rows.jsonl
     python -m benchmarks.study write                           # this page and its figures, from the rows"""
@@ -88,7 +91,9 @@ def page(rows: Rows, figures: Sequence[str] = ()) -> str:
         _controls_table(study),
         pictures.get("controls.png", ""),
         "## Tuning",
+        _TUNING,
         _tuning_table(rows, study.rates),
+        pictures.get("rates.png", ""),
         "## What has been run",
         _account(rows),
         _COMMANDS,

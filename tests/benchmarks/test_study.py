@@ -149,7 +149,7 @@ def test_the_page_begins_with_what_does_not_hold_and_counts_what_is_there(tmp_pa
     first, *_ = page.splitlines()
     assert first.startswith("- **Does not hold: (a)")
     assert "pending" not in page.lower()
-    for name in ("scores", "mechanism", "controls"):
+    for name in ("rates", "scores", "mechanism", "controls"):
         assert f"![{name}]({name}.png)" in page and (tmp_path / f"{name}.png").stat().st_size > 10_000
     empty = result.page({})
     assert empty.startswith("- **Is pending: (a)") and "0 of 18" in empty

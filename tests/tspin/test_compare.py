@@ -91,7 +91,7 @@ def taken(monkeypatch, donor: Path, config: SelfPlayConfig) -> set[str]:
     with monkeypatch.context() as patch, pytest.raises(Opened):
         patch.setattr(SelfPlay, "_stage", stop)
         SharingSelfPlay(config, [donor]).run()
-    return {*storage.read_json(Path(config.output_dir) / "state.json")["done"]}
+    return {*storage.read_record(Path(config.output_dir) / "state.json")["done"]}
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,9 @@ def test_nothing_is_taken_from_another_model_or_from_altered_files(compared, toy
     shard.write_bytes(shard.read_bytes()[:-1])
     config = SelfPlayConfig.from_dict(values_of(toy, tmp_path / "altered", seed=0))
     assert taken(monkeypatch, donor, config) == {"eval_initial", "proto"}
-    record = storage.read_json(donor / "run.json")
+    record = storage.read_record(donor / "run.json")
     record["model"]["files"]["model.safetensors"] = "another"
-    storage.write_json(donor / "run.json", record)
+    storage.write_record(donor / "run.json", record)
     config = SelfPlayConfig.from_dict(values_of(toy, tmp_path / "other", seed=0))
     assert taken(monkeypatch, donor, config) == set()
 
@@ -182,24 +182,24 @@ def test_the_command_ends_in_tables_and_a_report(compared, toy, capsys, tmp_path
     assert "belongs to a run with another config" in capsys.readouterr().err
 
 
-def harness(root: str, directory: str, fatal_copies: list[int]) -> None:
-    """The comparison killed as it copies for the so-manieth time, for each number, gone on with each time, then left alone."""
+def harness(root: str, directory: str, kills: list[list]) -> None:
+    """The comparison killed at each of these events in turn, gone on with each time, and then left alone."""
     import torch
 
     torch.set_num_threads(1)
-    for fatal in [*fatal_copies, None]:
+    for fatal in [*kills, None]:
         child = os.fork()
         if child == 0:
-            events = Events(fatal and ["copytree", fatal, "before"], Path(directory) / "events")
-            events.watch(shutil, "copytree")
+            Events(fatal, Path(directory) / "events").watch(shutil, "copytree")
             Comparison(values_of(Path(root), Path(directory)), ARMS[:2], [0]).run()
             os._exit(0)
         print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_a_killed_comparison_goes_on_to_the_same_runs(compared, toy, tmp_path):
-    # The first arm exports two models by copying; then the second arm takes over, and dies there twice.
-    command = [sys.executable, __file__, str(toy), str(tmp_path), "[2, 1]"]
+    # The first arm copies two models as it exports them; then the second arm takes over, and dies there twice.
+    kills = json.dumps([["copytree", 2, "after"], ["copytree", 1, "before"]])
+    command = [sys.executable, __file__, str(toy), str(tmp_path), kills]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     statuses = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("status ")]
     assert statuses == [-signal.SIGKILL, -signal.SIGKILL, 0], done.stderr[-4000:]
