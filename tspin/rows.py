@@ -131,7 +131,7 @@ def exchange(
     return turns, replies[end]
 
 
-def candidates(record: Mapping, column: str) -> list[str]:
+def candidates(record: Any, column: str) -> list[str]:
     """The answers of one row to choose among: a list of texts, one text, or the messages of one (TRL's `rejected`)."""
     value = record.get(column)
     if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
