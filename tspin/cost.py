@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,24 +85,24 @@ class Forward:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Forward:
         """Counted on the meta device. Raises ValueError where a model does not run without data."""
-        head = head_of(model).weight
+        head, core = head_of(model).weight, cast(Any, model.base_model)
         short, long = 64, 128
         try:
             with torch.no_grad(), torch.device("meta"):
                 flops = [_flops(model, length) for length in (short, long)]
                 cache: Any = DynamicCache(config=model.config)
                 prompt = torch.zeros(1, short, dtype=torch.int64)
-                model.base_model(prompt, use_cache=True, past_key_values=cache)
+                core(prompt, use_cache=True, past_key_values=cache)
                 kept = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
                 with _Kernels() as kernels:
-                    model.base_model(prompt[:, :1], use_cache=True, past_key_values=cache)
+                    core(prompt[:, :1], use_cache=True, past_key_values=cache)
         except Exception as error:
             raise ValueError(f"cost: {type(model).__name__} cannot be counted without data: {error}") from error
         # Linear in the tokens but for attention, which is counted there without a mask: all pairs.
         pair = (flops[1] / long - flops[0] / short) / (long - short)
         token = flops[0] / short - pair * short
         # Lookups of the embedding cost nothing; a tied head is read as the head.
-        embedding: Any = model.get_input_embeddings().weight
+        embedding = cast(Any, model.get_input_embeddings()).weight
         read = sum(p.numel() for p in model.parameters()) - (0 if embedding is head else embedding.numel())
         return cls(token, pair, 2.0 * head.numel(), read, kept // short, kernels.count)
 

@@ -203,9 +203,9 @@ def task_scores(result: dict[str, Any]) -> dict[str, float]:
 
 
 def _policy(model: Any, tokenizer: Any, batch_size: int, autocast_dtype: torch.dtype | None) -> Any:
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
 
-    base: Any = HFLM
+    base: Any = huggingface.HFLM
 
     class Policy(base):
         """A model in memory, one copy on each process, which the harness itself takes for a single one."""

@@ -228,9 +228,12 @@ from accelerate import Accelerator, PartialState
 Accelerator(cpu=True)
 sys.path.insert(0, sys.argv[3])
 from test_generate import toy_model, toy_tokenizer
+from lm_eval.models.huggingface import HFLM
 from tspin.harness import Harness, benchmarks
+asked, real = [], HFLM.loglikelihood
+HFLM.loglikelihood = lambda self, requests, **options: asked.append(len(requests)) or real(self, requests, **options)
 result = Harness(benchmarks("choice,free"), sys.argv[1]).run(toy_model(sharpness=2.0), toy_tokenizer(), sys.argv[2])
-open(f"{sys.argv[2]}-{PartialState().process_index}.json", "w").write(json.dumps(result))
+open(f"{sys.argv[2]}-{PartialState().process_index}.json", "w").write(json.dumps([asked, result]))
 """
 
 
@@ -253,7 +256,8 @@ def test_two_processes_score_what_one_does(policy, tasks, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads((tmp_path / f"out-{rank}.json").read_text()) for rank in range(2)]
+    asked, found = zip(*(json.loads((tmp_path / f"out-{rank}.json").read_text()) for rank in range(2)))
+    assert all(0 < count[0] < sum(map(len, CHOICES)) for count in asked)
     alone = Harness(benchmarks("choice,free"), str(tasks)).run(*policy)
     assert found[0] == found[1]
     assert [b["score"] for b in found[0]["benchmarks"]] == pytest.approx([b["score"] for b in alone["benchmarks"]])
