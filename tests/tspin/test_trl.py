@@ -256,6 +256,14 @@ def test_both_ops_agree_on_every_output(home):
                 assert 10 < ours[4].sum() < 190
 
 
+def test_what_is_logged_of_logits_keeps_to_the_budget_too(monkeypatch):
+    seen, blocks = [], integration._logits
+    monkeypatch.setattr(integration, "_logits", lambda *a, **k: (seen.append(z.numel()) or z for z in blocks(*a, **k)))
+    problem = (torch.randn(200, 4), torch.randn(9, 4), None, torch.zeros(200, dtype=torch.int64), 1.0, 4, 2.0)
+    integration._Scoring(memory_budget=2000).apply(*problem)
+    assert sum(seen) >= 200 * 9 and 12 * max(seen) <= 2000
+
+
 def test_other_trainers_keep_trls_function(home, tmp_path):
     theirs = trl_utils._ChunkedLogProbFunction
     trainer, _ = make("dpo", home / "llama", tmp_path, max_steps=1)
