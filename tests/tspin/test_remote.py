@@ -498,7 +498,8 @@ def test_a_server_that_keeps_dying_ends_the_run_with_its_last_words(toy, tmp_pat
             toy_config(toy, tmp_path / "run", generation_backend="openai", generation_server_command=command)
         ).run()
     with pytest.raises(ValueError, match=f"it was started again {remote.RESTARTS} times"):
-        loop(toy, tmp_path / "again", Fatal())
+        loop(toy, tmp_path / "again", again := Fatal())
+    assert len(again.pids) == 1 + remote.RESTARTS and not [pid for pid in again.pids if is_alive(pid)]
 
 
 def test_a_server_goes_down_with_us(tmp_path):
