@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from tspin.generate import row_seed
+from tspin.generate import row_seed, text_of
 
 if TYPE_CHECKING:
     from tspin.data import Example
@@ -115,6 +115,10 @@ class TokenIds:
             raise ValueError(f"generation_backend: the server went on after a stop token in row {row}")
         return Answer(ids, stopped, logprobs)
 
+    def agrees(self, answer: Answer, ours: Sequence[int], step: int) -> bool:
+        """Whether the answer has our token at `step`, given that it has those before."""
+        return answer.token_ids[step : step + 1] == [ours[step]]
+
 
 @dataclass(frozen=True)
 class Text:
@@ -172,6 +176,14 @@ class Text:
                 "show; use a server that returns token ids and generation_protocol: token_ids"
             )
         return Answer(ids[:max_new_tokens], False, is_exact=len(ids) in (count - 1, count))
+
+    def agrees(self, answer: Answer, ours: Sequence[int], step: int) -> bool:
+        """As `TokenIds.agrees`, of the texts: tokens that were encoded anew may be others that say the same."""
+        theirs, so_far = text_of(self.tokenizer, answer.token_ids), text_of(self.tokenizer, ours[: step + 1])
+        if ours[step] in self.stop_ids:
+            return answer.stopped and theirs == so_far
+        # The rest of a character may be in the next token.
+        return theirs.startswith(so_far.rstrip("\ufffd"))
 
 
 def _seed(seed: int, example: Example) -> int:

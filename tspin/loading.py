@@ -185,7 +185,8 @@ def local_directory(name_or_path: str, revision: str | None = None) -> str:
         return os.path.abspath(name_or_path)
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(name_or_path, revision=revision)
+    pickled = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.gguf", "*.onnx"]
+    return snapshot_download(name_or_path, revision=revision, ignore_patterns=pickled)
 
 
 def tokenizer_of(config: SelfPlayConfig, *, revision: str | None = None) -> PreTrainedTokenizerBase:

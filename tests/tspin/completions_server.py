@@ -115,7 +115,7 @@ def distort(completion, fault):
     if fault == "none":
         completion["choices"] = []
     elif fault == "two":
-        completion["choices"] = [choice, choice]
+        completion["choices"] = [choice | {"token_ids": [5, 5, 1], "finish_reason": "stop"}, choice]
     elif fault == "words":
         choice["token_ids"] = ["a", "b"]
     elif fault == "beyond":

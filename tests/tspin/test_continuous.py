@@ -78,7 +78,7 @@ def test_nan_logits_are_an_error():
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
     with pytest.raises(ValueError, match="NaN logits"):
-        both(model, examples(2))
+        sample_continuous(model, toy_tokenizer(), examples(2), seed=3, max_new_tokens=4)
 
 
 def test_what_cannot_be_batched_continuously_is_refused_with_the_remedy():
@@ -89,7 +89,7 @@ def test_what_cannot_be_batched_continuously_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"autocast_dtype: want the model's own torch.float32, got torch.bfloat16"):
         both(toy_model(), examples(2), autocast_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="row 0 twice"):
-        both(toy_model(), examples(1) * 2)
+        sample_continuous(toy_model(), toy_tokenizer(), examples(1) * 2, seed=3, max_new_tokens=4)
 
 
 def test_a_transformers_that_ignores_our_draws_is_refused(monkeypatch):
@@ -103,4 +103,4 @@ def test_a_transformers_that_ignores_our_draws_is_refused(monkeypatch):
 
     monkeypatch.setattr(continuous, "ContinuousBatchingLogitsProcessorList", deaf)
     with pytest.raises(ValueError, match="not known to work with transformers"):
-        both(toy_model(), examples(2))
+        sample_continuous(toy_model(), toy_tokenizer(), examples(2), seed=3, max_new_tokens=4)

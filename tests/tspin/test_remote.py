@@ -11,6 +11,7 @@ import time
 from email.utils import formatdate
 from pathlib import Path
 
+import anyio
 import pytest
 import torch
 from completions_server import FAULTS, SLOW_FAULTS, PolicyServer
@@ -234,7 +235,7 @@ def test_without_log_probs_greedy_tokens_tell_the_weights_apart(tmp_path, undist
     with PolicyServer(silent(flipped)) as server:
         with pytest.raises(ValueError, match="none of its first greedy tokens is ours"):
             generate(server.url, tmp_path / "flipped")
-        with pytest.raises(ValueError, match=r"its greedy token \d for row \d+ is"):
+        with pytest.raises(ValueError, match=r"its greedy token \d for row \d+ is not ours"):
             generate(server.url, tmp_path / "flipped", generation_tolerance=0.01)
 
 
@@ -348,6 +349,15 @@ def test_an_answer_that_is_none_is_asked_for_again(choice):
     for answer in ([], {}, {"model": "toy"}, {"model": 3, "choices": []}, {"model": "toy", "choices": ["a"]}):
         with pytest.raises(AgainError):
             TokenIds("toy", toy_tokenizer(), (1,), 20).read(answer, Example(9, "", "", [4], [1]), 4)
+
+
+def test_a_server_that_asks_for_a_pause_gets_it_within_bounds(tmp_path, monkeypatch):
+    pauses, real = [], anyio.sleep
+    monkeypatch.setattr(anyio, "sleep", lambda seconds: pauses.append(seconds) or real(seconds))
+    monkeypatch.setattr(remote, "LONGEST_ASKED_PAUSE", 0.05)
+    with toy_server(faults={0: "503", 1: "429"}) as server:
+        generate(server.url, tmp_path)
+    assert len(pauses) == 2 and pauses[0] <= 0.005 and pauses[1] == 0.05
 
 
 @pytest.mark.parametrize(
@@ -488,7 +498,8 @@ def test_a_server_that_keeps_dying_ends_the_run_with_its_last_words(toy, tmp_pat
             toy_config(toy, tmp_path / "run", generation_backend="openai", generation_server_command=command)
         ).run()
     with pytest.raises(ValueError, match=f"it was started again {remote.RESTARTS} times"):
-        loop(toy, tmp_path / "again", Fatal())
+        loop(toy, tmp_path / "again", again := Fatal())
+    assert len(again.pids) == 1 + remote.RESTARTS and not [pid for pid in again.pids if is_alive(pid)]
 
 
 def test_a_server_goes_down_with_us(tmp_path):

@@ -203,6 +203,20 @@ def test_text_is_encoded_to_the_tokens_it_shows(policy):
             text.read(bad, example, 4)
 
 
+def test_texts_are_compared_where_tokens_cannot_be(policy):
+    tokenizer = load_tokenizer(str(policy))
+    tokenizer.add_tokens(["12"])
+    text = protocol(tokenizer)
+    merged = text.read(answer("12=", 4), rows(1)[0], 8)
+    ours = [WORDS["1"], WORDS["2"], WORDS["="], 0]
+    assert merged.token_ids != ours
+    assert all(text.agrees(merged, ours, step) for step in range(4))
+    assert not text.agrees(merged, [WORDS["1"], WORDS["3"]], 1)
+    assert not text.agrees(merged, [WORDS["1"], 0], 1)
+    longer = text.read(answer("12=3", 9, "length"), rows(1)[0], 8)
+    assert not text.agrees(longer, ours, 3)
+
+
 def test_a_prompt_that_text_cannot_say_is_refused(policy):
     tokenizer = load_tokenizer(str(policy))
     sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
