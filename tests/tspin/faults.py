@@ -193,8 +193,8 @@ class Warm:
         self.seconds = time.perf_counter() - began
         return status, log.read_text(errors="replace")
 
-    def job(self, directory: Path, faults: list[dict], start: str | None) -> dict[str, Any]:
-        """Do the faults, each followed by the same command; after the last one it is left alone."""
+    def job(self, directory: Path, faults: list[dict], start: str | None, leave: bool) -> dict[str, Any]:
+        """Do the faults, each followed by the same command; it is left alone in the end, unless all is to be left as it is."""
         if start is not None:
             shutil.copytree(start, directory, symlinks=True)
             path, here, there = directory / "config.yaml", str(directory).encode(), str(start).encode()
@@ -205,7 +205,7 @@ class Warm:
                 damage(directory / fault["damage"], fault["how"], random.Random(fault["seed"]))
             else:
                 statuses.append(self.command(directory, fault.get("fatal"), fault.get("after"))[0])
-        status, printed = self.command(directory)
+        status, printed = (statuses.pop(), "") if leave else self.command(directory)
         events = directory.with_suffix(".events")
         counts = Counter(events.read_text().split()) if events.exists() else Counter()
         return {"statuses": [*statuses, status], "printed": printed, "counts": counts, "seconds": self.seconds}
@@ -258,7 +258,7 @@ def main(root: str, directory: str, jobs: str, changes: str) -> None:
     wanted = None
     for number, job in enumerate(json.loads(Path(jobs).read_text())):
         here = Path(directory) / f"job_{number}"
-        result = warm.job(here, job["faults"], job.get("start"))
+        result = warm.job(here, job["faults"], job.get("start"), job.get("leave", False))
         if job.get("wanted") and wanted is None:
             wanted = outcome(Path(job["wanted"]))
         if job.get("wanted"):

@@ -43,26 +43,17 @@ def undisturbed(toy, tmp_path_factory):
     def make(method):
         if method not in made:
             root = tmp_path_factory.mktemp(method)
-            (first,) = run_jobs(toy, root / "count", [{"faults": [], "keep": True}], method=method, **SMALL)
-            assert first["statuses"] == [0], first["printed"]
-            steps, tokens = first["counts"]["step"], first["counts"].get("next_tokens", 0)
-            # Amid the training of iteration 1, after a checkpoint; and amid a shard of its samples.
-            amid = {"training": ["step", steps - 2, "before"], "generation": ["next_tokens", tokens // 2, "before"]}
-            made[method] = first, stopped(toy, root / "amid", amid, method)
+            # Amid the training of iteration 1, after its second checkpoint; and amid the first shard of samples.
+            amid = {"training": ["step", 14, "before"], "generation": ["next_tokens", 20, "before"]}
+            plan = [{"faults": [], "keep": True}]
+            plan += [{"faults": [{"fatal": fatal}], "keep": True, "leave": True} for fatal in amid.values()]
+            first, *others = run_jobs(toy, root, plan, method=method, **SMALL)
+            assert first["statuses"] == [0] and first["counts"]["step"] == 16, first
+            assert all(other["statuses"] == [-signal.SIGKILL] for other in others)
+            made[method] = first, {stage: Path(other["run"]) for stage, other in zip(amid, others)}
         return made[method]
 
     return make
-
-
-def stopped(toy, root, amid, method):
-    """The directory that a run killed at each of these events leaves, by the name of the event's stage."""
-    root.mkdir()
-    code = "import json, sys; from pathlib import Path; from faults import Warm; warm = Warm(Path(sys.argv[1]), "
-    code += "json.loads(sys.argv[2])); [warm.command(Path(d), f) for d, f in json.loads(sys.argv[3])]"
-    plan = [[str(root / stage), fatal] for stage, fatal in amid.items()]
-    command = [sys.executable, "-c", code, str(toy), json.dumps({"method": method, **SMALL}), json.dumps(plan)]
-    subprocess.run(command, check=True, cwd=Path(__file__).parent)
-    return {stage: root / stage for stage in amid}
 
 
 def check_killed(results, wanted, first):

@@ -283,3 +283,20 @@ def test_the_fingerprint_of_a_directory_and_the_commit_of_a_name(tmp_path, monke
     assert found == ({"name": "a/b", "commit": "c0ffee"}, "c0ffee")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
     assert storage.fingerprint("a/b", "main", {"model": found[0]}) == found
+
+
+def test_a_record_knows_every_bit_of_itself(tmp_path):
+    path, value = tmp_path / "state.json", {"done": {"iter_00/train": {"a": "0f"}}, "max_steps": 9}
+    storage.write_record(path, value)
+    content = path.read_bytes()
+    assert storage.read_record(path) == value
+    for position in range(8 * len(content)):
+        data = bytearray(content)
+        data[position // 8] ^= 1 << position % 8
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"state\.json is damaged .*restore it, or delete"):
+            assert storage.read_record(path) != value
+    for text in ("", "null", "[]", "{}", '{"seal": 1}', "[" * 9999):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"state\.json is damaged"):
+            storage.read_record(path)

@@ -330,7 +330,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_step(tmp_path):
     trainer = TSPINTrainer(build(), args, triplets(16), callbacks=[Poison()], iteration=1)
     with pytest.raises(NonFiniteLossError, match="step 2"):
         trainer.train()
-    assert isinstance(NonFiniteLossError(""), ValueError) and os.listdir(tmp_path) == ["checkpoint-1"]
+    assert isinstance(NonFiniteLossError(""), ValueError) and sorted(os.listdir(tmp_path)) == [
+        "checkpoint-1",
+        "diagnostics",
+    ]
     assert trainer.model.lm_head.weight.isfinite().all()
 
 
