@@ -107,7 +107,7 @@ class _Run:
     def finished(self, stage: str) -> list[int]:
         """The iterations that have done a stage and still hold what it made."""
         done = {t: self.done.get(f"iter_{t:02d}/{stage}") for t in range(self.config.iterations)}
-        return [t for t, record in done.items() if record and (self.directory / record["path"]).exists()]
+        return [t for t, made in done.items() if made and all((self.directory / path).exists() for path in made)]
 
     def training_args(self, t: int) -> TSPINConfig:
         return TSPINConfig(str(self.directory), **self.config.training_at(t))
