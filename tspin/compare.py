@@ -22,6 +22,7 @@ from accelerate import PartialState
 from tspin import storage
 from tspin.checkpoints import wait_for_everyone
 from tspin.config import SelfPlayConfig
+from tspin.ledger import Ledger
 from tspin.loop import RunResult, SelfPlay
 from tspin.report import write_report
 from tspin.trainer import TSPINConfig
@@ -177,10 +178,10 @@ class SharingSelfPlay(SelfPlay):
         super()._open()
         if self.is_main:
             for name in self._shared_stages():
-                if name not in self.done and (donor := next(filter(self._gives(name), self.donors), None)):
+                if name not in self.ledger.done and (donor := next(filter(self._gives(name), self.donors), None)):
                     self._take(donor, name)
         wait_for_everyone()
-        self.done = storage.read_record(self.directory / "state.json")["done"]
+        self.ledger.read()
 
     def _shared_stages(self) -> list[str]:
         """The stages before the first training that this run has."""
@@ -207,16 +208,18 @@ class SharingSelfPlay(SelfPlay):
         return gives
 
     def _take(self, donor: Path, name: str) -> None:
-        made = storage.read_record(donor / "state.json")["done"][name]
+        theirs = Ledger(donor)
+        theirs.read()
+        made = theirs.done[name]
         for path in made:
             if (donor / path).is_dir():
                 with storage.staged_directory(self.directory / path) as staged:
                     shutil.copytree(donor / path, staged, dirs_exist_ok=True)
             elif (donor / path).is_file():
                 storage.write_atomic(self.directory / path, (donor / path).read_bytes())
-        if self._hashes(*(self.directory / path for path in made)) != made:
+        paths = [self.directory / path for path in made]
+        if self.ledger.hashes(*paths) != made:
             logger.warning("%s of %s is altered: making it here", name, donor)
             return
         logger.info("%s, as in %s", name, donor)
-        self.done = {**self.done, name: made}
-        storage.write_record(self.directory / "state.json", {"done": self.done})
+        self.ledger.record(name, *paths)

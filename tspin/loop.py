@@ -39,6 +39,7 @@ from tspin.data import Example, TripletCollator, build_triplets, load_examples
 from tspin.evaluate import evaluate, generate_answers, read_references, write_references
 from tspin.generate import derived_seed, generate_responses, read_generations
 from tspin.harness import Harness, benchmarks, task_scores
+from tspin.ledger import Ledger
 from tspin.loading import local_directory, lora_config, model_of, tokenizer_of
 from tspin.pairs import fresh_summary, pair_table
 from tspin.report import iteration_table, write_report
@@ -70,6 +71,7 @@ class SelfPlay:
     def __init__(self, config: SelfPlayConfig):
         self.config = config
         self.directory = Path(config.output_dir)
+        self.ledger = Ledger(self.directory)
         if config.generation_backend == "openai" and config.generation_server_command is None:
             raise ValueError(
                 "generation_server_command: want the command of a server, got null; each iteration samples from other "
@@ -97,12 +99,12 @@ class SelfPlay:
             with self.samplers:
                 if self.held_out or self.harness:
                     initial = self.directory / "eval_initial.json"
-                    is_evaluated = self._holds("eval_initial", *self._evaluation(initial))
+                    is_evaluated = self.ledger.holds("eval_initial", *self._evaluation(initial))
                     self._stage("eval_initial", lambda: self._evaluate(0, initial), is_evaluated)
                 for t in range(self.config.iterations):
                     self._iterate(t)
             if self.is_main:
-                self._name_damage()
+                self.ledger.name_damage()
                 write_cards(self.directory)
             if self.is_main and report:
                 self._report()
@@ -119,9 +121,11 @@ class SelfPlay:
             self._restore_metrics(t, checkpoints)
         exported, trained = self.exported[t], self.trained[t]
         # The pairs still need the triplets after the training.
-        built = (trained and self._is_paired(t)) or self._holds(f"{here.name}/triplets", here / "triplets.parquet")
-        synthesised = built or is_sft or self._holds(f"{here.name}/synthetic", here / "synthetic")
-        has_proto = built or "proto" not in args.members_at(t) or self._holds("proto", proto)
+        built = (trained and self._is_paired(t)) or self.ledger.holds(
+            f"{here.name}/triplets", here / "triplets.parquet"
+        )
+        synthesised = built or is_sft or self.ledger.holds(f"{here.name}/synthetic", here / "synthetic")
+        has_proto = built or "proto" not in args.members_at(t) or self.ledger.holds("proto", proto)
         wait_for_everyone()
         self._stage("proto", lambda: self._generate("proto", 0, proto), has_proto)
         self._stage(f"{here.name}/synthetic", lambda: self._generate(here.name, t, here / "synthetic"), synthesised)
@@ -133,9 +137,9 @@ class SelfPlay:
         samples = following / "synthetic" if borrows else here / "fresh"
         name, rows = (f"{following.name}/synthetic", None) if borrows else (f"{here.name}/fresh", FRESH_ROWS)
         is_paired, is_evaluated = self._is_paired(t), self._is_evaluated(t)
-        is_sampled = is_paired or self._holds(name, samples)
+        is_sampled = is_paired or self.ledger.holds(name, samples)
         first = self._at(0) / "synthetic"
-        has_first = is_paired or is_sft or self._holds(f"{first.parent.name}/synthetic", first)
+        has_first = is_paired or is_sft or self.ledger.holds(f"{first.parent.name}/synthetic", first)
         wait_for_everyone()
         self._stage(name, lambda: self._generate(following.name, t + 1, samples, rows), is_sampled)
         self._stage(f"{first.parent.name}/synthetic", lambda: self._generate(first.parent.name, 0, first), has_first)
@@ -155,17 +159,6 @@ class SelfPlay:
     def _at(self, t: int) -> Path:
         return self.directory / f"iter_{t:02d}"
 
-    def _holds(self, name: str, *paths: Path) -> bool:
-        """Whether the stage is done and what it wrote is still what it wrote."""
-        return name in self.done and self.done[name] == self._hashes(*paths)
-
-    def _hashes(self, *paths: Path) -> dict[str, str | None]:
-        return {str(path.relative_to(self.directory)): storage.content_hash(path) for path in paths}
-
-    def _made(self, name: str) -> str:
-        """The hash of what a stage wrote."""
-        return next(iter(self.done[name].values()))
-
     def _survey(self) -> None:
         """Of which iterations the policy is there, and of which at least the last checkpoint, or neither needed any more.
 
@@ -175,16 +168,20 @@ class SelfPlay:
         for t in reversed(range(self.config.iterations)):
             name, here = self._at(t).name, self._at(t)
             passed = later and self._is_paired(t) and self._is_evaluated(t)
-            self.exported[t] = passed or self._holds(f"{name}/model", here / "model")
-            whole = not self.exported[t] and f"{name}/train" in self.done and Checkpoints(here / "checkpoints").final()
+            self.exported[t] = passed or self.ledger.holds(f"{name}/model", here / "model")
+            whole = (
+                not self.exported[t]
+                and f"{name}/train" in self.ledger.done
+                and Checkpoints(here / "checkpoints").final()
+            )
             self.trained[t] = later = self.exported[t] or bool(whole)
 
     def _is_paired(self, t: int) -> bool:
-        return self._holds(f"{self._at(t).name}/pairs", self._at(t) / "pairs.parquet")
+        return self.ledger.holds(f"{self._at(t).name}/pairs", self._at(t) / "pairs.parquet")
 
     def _is_evaluated(self, t: int) -> bool:
         here = self._at(t)
-        return self._holds(f"{here.name}/eval", *self._evaluation(here / "eval.json"))
+        return self.ledger.holds(f"{here.name}/eval", *self._evaluation(here / "eval.json"))
 
     def _evaluation(self, path: Path) -> tuple[Path, ...]:
         """The files of an evaluation whose scores are at `path`: those, and the answers that they judge."""
@@ -193,28 +190,17 @@ class SelfPlay:
     def _restore_metrics(self, t: int, checkpoints: Checkpoints) -> None:
         """The training log, if it is damaged, as the last checkpoint has it."""
         name, metrics = f"{self._at(t).name}/train", self._at(t) / "metrics.jsonl"
-        if name in self.done and not self._holds(name, metrics) and (final := checkpoints.final()):
+        if name in self.ledger.done and not self.ledger.holds(name, metrics) and (final := checkpoints.final()):
             logger.warning("%s is missing or altered: written again from %s", metrics, final)
             storage.write_atomic(
                 metrics, storage.json_lines(storage.read_json(final / "trainer_state.json")["log_history"])
             )
 
-    def _name_damage(self) -> None:
-        """Name what was altered and is not made again, because nothing reads it any more."""
-        for name, record in self.done.items():
-            for path, made in record.items():
-                if storage.content_hash(self.directory / path) != made:
-                    logger.warning(
-                        "%s is missing or altered since %s made it; nothing that is left to do reads it, so it stays as it is: "
-                        "restore it from a copy if you need it",
-                        *(self.directory / path, name),
-                    )
-
     def _stage(self, name: str, work: Callable[[], Path | tuple[Path, ...]], holds: bool) -> None:
-        """Run `work` on every process unless the stage holds; the main process then records the hashes of its output."""
+        """Run `work` on every process unless the stage holds; the main process then records what it made."""
         if holds:
             return
-        if name in self.done:
+        if name in self.ledger.done:
             logger.warning("%s is done, but its files are missing or altered: doing it again", name)
         else:
             logger.info("%s", name)
@@ -222,12 +208,9 @@ class SelfPlay:
             made = work()
             wait_for_everyone()
         if self.is_main:
-            record = self._hashes(*(made if isinstance(made, tuple) else (made,)))
-            if self.done.get(name, record) != record:
-                logger.warning("%s came out with other bits than before; what later stages made stems from those", name)
-            storage.write_record(self.directory / "state.json", {"done": {**self.done, name: record}})
+            self.ledger.record(name, *(made if isinstance(made, tuple) else (made,)))
         wait_for_everyone()
-        self.done = storage.read_record(self.directory / "state.json")["done"]
+        self.ledger.read()
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
@@ -275,13 +258,12 @@ class SelfPlay:
                 "eval_data": {"rows": len(self.held_out), "sha256": _examples_hash(self.held_out)},
             }
             storage.bind(record_path, record, allow_change=config.allow_config_change)
-            if not (self.directory / "state.json").exists():
-                storage.write_record(self.directory / "state.json", {"done": {}})
+            self.ledger.begin()
             draft = self.directory / ".config.yaml.tmp"
             config.save(draft)
             storage.write_atomic(path, draft.read_bytes())
         wait_for_everyone()
-        self.done: dict[str, dict[str, Any]] = storage.read_record(self.directory / "state.json")["done"]
+        self.ledger.read()
 
     def _training_args(self, t: int) -> TSPINConfig:
         seed = derived_seed(self.config.seed, f"{self._at(t).name}/train")
@@ -300,7 +282,7 @@ class SelfPlay:
 
     def _read(self, t: int, whole: bool = False) -> PreTrainedModel:
         path = self._at(t - 1) / "model"
-        if t > 0 and not self._holds(f"{self._at(t - 1).name}/model", path):
+        if t > 0 and not self.ledger.holds(f"{self._at(t - 1).name}/model", path):
             raise ValueError(
                 f"{path} is missing or altered; restore it, or delete {self._at(t - 1)} and all later iterations, "
                 "and the same command makes them again"
@@ -340,7 +322,9 @@ class SelfPlay:
         return decoding | self.samplers.at(t) | self._sharding(t) | alone
 
     def _sharding(self, t: int) -> dict[str, Any]:
-        model_id = storage.hash_json(self.fingerprint) if t == 0 else self._made(f"{self._at(t - 1).name}/model")
+        model_id = (
+            storage.hash_json(self.fingerprint) if t == 0 else self.ledger.hash_of(f"{self._at(t - 1).name}/model")
+        )
         processes = {"process_index": self.rank, "num_processes": self.world}
         return {
             "shard_size": self.config.shard_size,
@@ -387,7 +371,7 @@ class SelfPlay:
         metrics = self._at(t) / "metrics.jsonl"
         adapter = [self.config.use_peft, self.config.lora_r, self.config.lora_alpha, self.config.lora_target_modules]
         settings = [self.config.training_at(t), self.config.torch_dtype, adapter, args.seed]
-        triplets = self._made(f"{self._at(t).name}/triplets")
+        triplets = self.ledger.hash_of(f"{self._at(t).name}/triplets")
         checkpoints.origin = {"processes": self.world, "settings": settings, "triplets": triplets}
         if self.is_main:
             checkpoints.remove_unusable()

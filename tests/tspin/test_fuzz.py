@@ -223,7 +223,7 @@ def opened(config):
     play.autocast, play.is_main, play.rank, play.world = None, True, 0, 1
     play._open()
     play._survey()
-    play._name_damage()
+    play.ledger.name_damage()
 
 
 def mutated_json(value, draw):

@@ -1,0 +1,67 @@
+"""Which stages of a run are done, and the hashes of what they wrote: its state.json.
+
+A stage holds while its files are still what it wrote, so that nothing lost or altered is taken for done. Deliberately knows no
+stage; `tspin.loop` names them.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from tspin import storage
+
+logger = logging.getLogger(__name__)
+
+
+class Ledger:
+    """state.json of a run directory.
+
+    done: for each finished stage, the paths that it wrote, relative to the directory, with their hashes.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory, self.path = directory, directory / "state.json"
+        self.done: dict[str, dict[str, str | None]] = {}
+
+    def begin(self) -> None:
+        """Write an empty one where there is none."""
+        if not self.path.exists():
+            storage.write_record(self.path, {"done": {}})
+
+    def read(self) -> None:
+        """Take over what the main process has written. Raises ValueError where the file is damaged."""
+        self.done = storage.read_record(self.path)["done"]
+
+    def holds(self, name: str, *paths: Path) -> bool:
+        """Whether the stage is done, wrote these paths and no others, and they are what it wrote."""
+        return name in self.done and self.done[name] == self.hashes(*paths)
+
+    def hashes(self, *paths: Path) -> dict[str, str | None]:
+        """The entry of a stage that wrote these paths, as they are now."""
+        return {str(path.relative_to(self.directory)): storage.content_hash(path) for path in paths}
+
+    def hash_of(self, name: str) -> str:
+        """The hash of the first that a finished stage wrote."""
+        made = next(iter(self.done[name].values()))
+        assert made is not None, "a stage is recorded after its files are there"
+        return made
+
+    def record(self, name: str, *paths: Path) -> None:
+        """Enter what a stage has written. A stage that was done before and now gives other bits is named in the log."""
+        made = self.hashes(*paths)
+        if self.done.get(name, made) != made:
+            logger.warning("%s came out with other bits than before; what later stages made stems from those", name)
+        self.done = {**self.done, name: made}
+        storage.write_record(self.path, {"done": self.done})
+
+    def name_damage(self) -> None:
+        """Name what was altered and is not made again, because nothing reads it any more."""
+        for name, record in self.done.items():
+            for path, made in record.items():
+                if storage.content_hash(self.directory / path) != made:
+                    logger.warning(
+                        "%s is missing or altered since %s made it; nothing that is left to do reads it, so it stays as it is: "
+                        "restore it from a copy if you need it",
+                        *(self.directory / path, name),
+                    )
