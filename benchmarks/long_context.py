@@ -212,7 +212,7 @@ def _guess(fitted: list[_Tried], high: int | None, usable: int, halve: bool) -> 
     end = _STRIDE * low if high is None else high
     if meets is not None and not halve:
         # Just below it fits, just above it does not: where the line is right, two tries end the search.
-        below, above = int((1 - _RESOLUTION / 2) * meets), max(meets, int((1 + _RESOLUTION) * low)) + 1
+        below, above = int((1 - _RESOLUTION / 2) * meets), max(meets + 1, int((1 + _RESOLUTION) * low))
         if high is None or below <= (1 + _RESOLUTION) * low:
             below = above
         if low < below < end:

@@ -181,7 +181,7 @@ def _run(
         if isinstance(error, ValueError) and "generation_backend" in str(error):
             raise
         raise ValueError(
-            f"generation_backend: continuous batching of {type(model).__name__} failed: {error}; "
+            f"generation_backend: continuous batching of {type(model).__name__} failed: {' '.join(str(error).split())[:300]}; "
             "lower generation_batch_size if memory ran out, or set generation_backend: transformers"
         ) from error
     finally:

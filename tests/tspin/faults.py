@@ -230,7 +230,9 @@ def verdict(result: dict[str, Any], directory: Path, fault: dict, wanted: dict[s
         return "scratch" if any(part in f"/{name}" for part in SCRATCH) else "same"
     stray = str(Path(name).with_name("stray" + Path(name).suffix))
     if all(key in (name, stray, "state.json") for key in differing):
-        named = name in printed or stray in printed or f"{Path(name).parent} " in printed
+        # By itself, or by the directory that a stage wrote: "iter_00/eval is done, but its files are missing or altered".
+        above = [f"{parent} " for parent in Path(name).parents if parent.name]
+        named = any(word in printed for word in (name, stray, *above))
         return "named" if named else f"Silent: {differing}"
     return f"Lost: {differing}"
 
