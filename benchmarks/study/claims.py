@@ -102,6 +102,14 @@ class Verdict(NamedTuple):
     word: str
     why: str
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether it is pending, with some of its arms run."""
+        return self.word == "is pending" and self != NOT_RUN
+
+
+NOT_RUN = Verdict("is pending", "Its arms have not been run.")
+
 
 def _seeds(study: Study, *names: str) -> bool:
     return all(len(study.arms.get(name, {})) == len(SEEDS) for name in names)
@@ -110,7 +118,7 @@ def _seeds(study: Study, *names: str) -> bool:
 def claim_a(study: Study, tspin: str = "tspin", spin: str = "spin") -> Verdict:
     """T-SPIN rises at every iteration, SPIN peaks and falls."""
     if not (study.arms.get(tspin) and study.arms.get(spin)):
-        return Verdict("is pending", "Its arms have not been run.")
+        return NOT_RUN
     rises = [study.estimate(tspin, _change(t - 1, t)) for t in range(1, plan.ITERATIONS)]
     curve = [study.estimate(spin, at(t, plan.SCORE)) for t in range(plan.ITERATIONS)]
     peak = max(range(plan.ITERATIONS), key=lambda t: getattr(curve[t], "mean", 0))
@@ -127,7 +135,7 @@ def claim_a(study: Study, tspin: str = "tspin", spin: str = "spin") -> Verdict:
 def claim_b(study: Study, tspin: str = "tspin", spin: str = "spin") -> Verdict:
     """Under SPIN about half of the pairs whose reward favours y have logp(y) < logp(y') at iterations 1 and 2."""
     if not (study.arms.get(tspin) and study.arms.get(spin)):
-        return Verdict("is pending", "Its arms have not been run.")
+        return NOT_RUN
     favoured, shares = (
         [study.estimate(spin, at(t, key, "last")) for t in (1, 2)] for key in ("rewards/accuracies", "misaligned")
     )
@@ -147,7 +155,7 @@ def claim_c(study: Study) -> Verdict:
     """T-SPIN on a quarter of the data matches SFT on all of it."""
     matched, plain, own = "tspin, a quarter, steps matched", "tspin, a quarter", "sft, a quarter, steps matched"
     if not (study.arms.get(matched) and study.arms.get("sft")):
-        return Verdict("is pending", "Its arms have not been run.")
+        return NOT_RUN
     less = study.difference(matched, "sft")
     why = (
         f"T-SPIN on a quarter, with as many steps, less SFT on all: {shown(less, True)} greedy, "
@@ -162,7 +170,7 @@ def claim_d(study: Study) -> Verdict:
     """Without history, progress is slower and less stable."""
     with_history, without = "tspin", "tspin_no_history"
     if not (study.arms.get(with_history) and study.arms.get(without)):
-        return Verdict("is pending", "Its arms have not been run.")
+        return NOT_RUN
     steps = range(1, plan.ITERATIONS)
     along = study.difference(with_history, without, lambda row: mean(at(t, plan.SCORE)(row) for t in steps))
     drop = study.difference(without, with_history, lambda row: -min(_change(t - 1, t)(row) for t in steps))

@@ -151,7 +151,14 @@ def test_the_page_begins_with_what_does_not_hold_and_counts_what_is_there(tmp_pa
     assert "pending" not in page.lower()
     for name in ("rates", "scores", "mechanism", "controls"):
         assert f"![{name}]({name}.png)" in page and (tmp_path / f"{name}.png").stat().st_size > 10_000
+    assert "So far" not in page
+    partial = result.page({id: row for id, row in rows.items() if row["seed"] != 4})
+    assert (
+        "(a) T-SPIN rises at every iteration, SPIN peaks and falls: is pending.** So far, not yet with 5 seeds: T-SPIN"
+        in partial
+    )
     empty = result.page({})
+    assert "So far" not in empty
     assert empty.startswith("- **Is pending: (a)") and "0 of 18" in empty
     for name in plan.NAMES:
         if name not in plan.METHODS:
