@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import inf
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -89,11 +88,6 @@ def shown(estimate: Estimate | None, sign: bool = False) -> str:
     if estimate.ci is None:
         return f"{estimate.mean:{spec}} (1 seed)"
     return f"{estimate.mean:{spec}} [{estimate.mean - estimate.ci:{spec}}, {estimate.mean + estimate.ci:{spec}}]"
-
-
-def low(estimate: Estimate) -> float:
-    """The lower end of the interval; there is none where one value was measured."""
-    return -inf if estimate.ci is None else estimate.mean - estimate.ci
 
 
 class Verdict(NamedTuple):
@@ -196,7 +190,7 @@ def _all(study: Study, names: Sequence[str], wanted: Sequence[tuple[Estimate | N
     if not _seeds(study, *names) or any(estimate is None for estimate, _ in wanted):
         return "is pending"
     pairs = [(estimate, bound) for estimate, bound in wanted if estimate is not None]
-    if all(low(estimate) > bound for estimate, bound in pairs):
+    if all(estimate.mean - (estimate.ci or 0.0) > bound for estimate, bound in pairs):
         return "holds"
     return "does not hold" if any(estimate.mean <= bound for estimate, bound in pairs) else "is not settled"
 
