@@ -186,13 +186,13 @@ CAVEAT = (
 QUICK_CAVEAT = "A quick run, on a pupil half taught and with few problems: the program runs. Its numbers mean nothing."
 
 
-def _table(runs: dict[str, Path], title: str) -> Table:
+def _table(runs: dict[str, Path]) -> Table:
     """Greedy and sampled exact match of each arm by iteration."""
     from tspin.run_files import read_iterations
 
     scores = {"greedy": "exact_match", "sampled": "exact_match_sampled"}
     by_arm = {arm: {row["iteration"]: row for row in read_iterations(run)} for arm, run in runs.items()}
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("iter.")
     for decoding in scores:
         for arm in runs:
@@ -245,9 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     console = Console()
     runs = {arm.name: result.output_dir for arm, result in zip(arms, results)}
-    console.print(
-        _table(runs, f"Exact match on {size.test_rows} held-out sums (standard error at most {size.error:.3f})")
-    )
+    console.print(f"Exact match on {size.test_rows} held-out sums (standard error at most {size.error:.3f})")
+    console.print(_table(runs))
     console.print(QUICK_CAVEAT if options.quick else CAVEAT.format(rows=size.train_rows))
     console.print(f"plot     {comparison.directory / 'report' / 'scores.png'}", soft_wrap=True)
     console.print(f"report   {comparison.directory / 'report' / 'report.html'}", soft_wrap=True)

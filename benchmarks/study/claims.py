@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import inf
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -91,16 +90,19 @@ def shown(estimate: Estimate | None, sign: bool = False) -> str:
     return f"{estimate.mean:{spec}} [{estimate.mean - estimate.ci:{spec}}, {estimate.mean + estimate.ci:{spec}}]"
 
 
-def low(estimate: Estimate) -> float:
-    """The lower end of the interval; there is none where one value was measured."""
-    return -inf if estimate.ci is None else estimate.mean - estimate.ci
-
-
 class Verdict(NamedTuple):
     """`word` is `holds`, `does not hold`, `is not settled` or `is pending`; `why` is a sentence of numbers."""
 
     word: str
     why: str
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether it is pending, with some of its arms run."""
+        return self.word == "is pending" and self != NOT_RUN
+
+
+NOT_RUN = Verdict("is pending", "Its arms have not been run.")
 
 
 def _seeds(study: Study, *names: str) -> bool:
@@ -110,7 +112,7 @@ def _seeds(study: Study, *names: str) -> bool:
 def claim_a(study: Study, tspin: str = "tspin", spin: str = "spin") -> Verdict:
     """T-SPIN rises at every iteration, SPIN peaks and falls."""
     if not (study.arms.get(tspin) and study.arms.get(spin)):
-        return Verdict("is pending", "Its arms have not been run.")
+        return NOT_RUN
     rises = [study.estimate(tspin, _change(t - 1, t)) for t in range(1, plan.ITERATIONS)]
     curve = [study.estimate(spin, at(t, plan.SCORE)) for t in range(plan.ITERATIONS)]
     peak = max(range(plan.ITERATIONS), key=lambda t: getattr(curve[t], "mean", 0))
@@ -127,7 +129,7 @@ def claim_a(study: Study, tspin: str = "tspin", spin: str = "spin") -> Verdict:
 def claim_b(study: Study, tspin: str = "tspin", spin: str = "spin") -> Verdict:
     """Under SPIN about half of the pairs whose reward favours y have logp(y) < logp(y') at iterations 1 and 2."""
     if not (study.arms.get(tspin) and study.arms.get(spin)):
-        return Verdict("is pending", "Its arms have not been run.")
+        return NOT_RUN
     favoured, shares = (
         [study.estimate(spin, at(t, key, "last")) for t in (1, 2)] for key in ("rewards/accuracies", "misaligned")
     )
@@ -147,7 +149,7 @@ def claim_c(study: Study) -> Verdict:
     """T-SPIN on a quarter of the data matches SFT on all of it."""
     matched, plain, own = "tspin, a quarter, steps matched", "tspin, a quarter", "sft, a quarter, steps matched"
     if not (study.arms.get(matched) and study.arms.get("sft")):
-        return Verdict("is pending", "Its arms have not been run.")
+        return NOT_RUN
     less = study.difference(matched, "sft")
     why = (
         f"T-SPIN on a quarter, with as many steps, less SFT on all: {shown(less, True)} greedy, "
@@ -162,7 +164,7 @@ def claim_d(study: Study) -> Verdict:
     """Without history, progress is slower and less stable."""
     with_history, without = "tspin", "tspin_no_history"
     if not (study.arms.get(with_history) and study.arms.get(without)):
-        return Verdict("is pending", "Its arms have not been run.")
+        return NOT_RUN
     steps = range(1, plan.ITERATIONS)
     along = study.difference(with_history, without, lambda row: mean(at(t, plan.SCORE)(row) for t in steps))
     drop = study.difference(without, with_history, lambda row: -min(_change(t - 1, t)(row) for t in steps))
@@ -188,7 +190,7 @@ def _all(study: Study, names: Sequence[str], wanted: Sequence[tuple[Estimate | N
     if not _seeds(study, *names) or any(estimate is None for estimate, _ in wanted):
         return "is pending"
     pairs = [(estimate, bound) for estimate, bound in wanted if estimate is not None]
-    if all(low(estimate) > bound for estimate, bound in pairs):
+    if all(estimate.mean - (estimate.ci or 0.0) > bound for estimate, bound in pairs):
         return "holds"
     return "does not hold" if any(estimate.mean <= bound for estimate, bound in pairs) else "is not settled"
 

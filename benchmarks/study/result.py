@@ -7,7 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.study import plan
-from benchmarks.study.claims import CLAIMS, FRESH, HALF, MARGIN, SAMPLED, Study, at, claim_a, claim_b, last, shown
+from benchmarks.study.claims import (
+    CLAIMS,
+    FRESH,
+    HALF,
+    MARGIN,
+    SAMPLED,
+    Study,
+    Verdict,
+    at,
+    claim_a,
+    claim_b,
+    last,
+    shown,
+)
 from benchmarks.study.plan import MENDING, METHODS, SEEDS, Rows, tuning_scores
 from tspin.comparison import Estimate
 
@@ -79,9 +92,9 @@ def page(rows: Rows, figures: Sequence[str] = ()) -> str:
         "# Does a toy show what the paper claims?",
         _METHOD,
         "## Verdicts at tuned rates",
-        *(f"**{claim}: {verdict.word}.** {verdict.why}" for claim, verdict in verdicts.items()),
+        *(_paragraph(claim, verdict) for claim, verdict in verdicts.items()),
         "## The same at one shared rate of 1e-5",
-        *(f"**({letter}) {verdict.word}.** {verdict.why}" for letter, verdict in zip("ab", at_one_rate)),
+        *(_paragraph(f"({letter})", verdict) for letter, verdict in zip("ab", at_one_rate)),
         "## The methods at their tuned rates",
         _methods_table(study),
         pictures.get("scores.png", ""),
@@ -101,6 +114,11 @@ def page(rows: Rows, figures: Sequence[str] = ()) -> str:
         _LIMITS,
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _paragraph(claim: str, verdict: Verdict) -> str:
+    so_far = f"So far, not yet with {len(SEEDS)} seeds: " if verdict.is_begun else ""
+    return f"**{claim}: {verdict.word}.** {so_far}{verdict.why}"
 
 
 def _spread(estimate: Estimate | None) -> str:

@@ -1,7 +1,6 @@
 """The study's plan, verdicts and page on made-up rows, and its runner on a tiny pupil. No ranking of methods is asserted."""
 
 import json
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -151,7 +150,16 @@ def test_the_page_begins_with_what_does_not_hold_and_counts_what_is_there(tmp_pa
     assert "pending" not in page.lower()
     for name in ("rates", "scores", "mechanism", "controls"):
         assert f"![{name}]({name}.png)" in page and (tmp_path / f"{name}.png").stat().st_size > 10_000
+    assert "So far" not in page
+    sorted_page = result.page(full_rows({"spin": [0.3, 0.5, 0.8, 0.7, 0.6, 0.5]}))
+    assert sorted_page.startswith("- **Does not hold: (b)") and "- **Holds: (a)" in sorted_page
+    partial = result.page({id: row for id, row in rows.items() if row["seed"] != 4})
+    assert (
+        "(a) T-SPIN rises at every iteration, SPIN peaks and falls: is pending.** So far, not yet with 5 seeds: T-SPIN"
+        in partial
+    )
     empty = result.page({})
+    assert "So far" not in empty
     assert empty.startswith("- **Is pending: (a)") and "0 of 18" in empty
     for name in plan.NAMES:
         if name not in plan.METHODS:
@@ -216,10 +224,12 @@ def test_a_study_goes_on_from_its_rows_and_repeats_them(tiny, tmp_path):
     again = run.read_rows(other)
     assert again[tiny[2].id]["model_sha256"] == rows[tiny[2].id]["model_sha256"]
     assert lasting(again[tiny[3].id]) == lasting(rows[tiny[3].id])
-    # A kill after an arm and before its row: the row is made from what is there, without times.
-    shutil.copy(other, rows_path)
-    rows_path.write_text("".join(line for line in rows_path.read_text().splitlines(True) if tiny[3].id not in line))
+    # A kill after an arm and before its row: the row is made from what is there, be it longer than the arm, without times.
+    kept = [line for line in other.read_text().splitlines(True) if tiny[0].id not in line and tiny[3].id not in line]
+    rows_path.write_text("".join(kept))
     assert run.run(tmp_path / "b", rows_path, jobs=1, commit="c") == 0
-    late = run.read_rows(rows_path)[tiny[3].id]
-    assert lasting(late) == lasting(rows[tiny[3].id]) and late["cpu_s"] is None
+    late = run.read_rows(rows_path)
+    assert lasting(late[tiny[3].id]) == lasting(rows[tiny[3].id]) and late[tiny[3].id]["cpu_s"] is None
+    short = late[tiny[0].id]
+    assert len(short["iterations"]) == 2 and short["model_sha256"] == rows[tiny[0].id]["model_sha256"]
     assert json.loads(json.dumps(late)) == late
