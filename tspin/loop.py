@@ -152,7 +152,9 @@ class SelfPlay:
     def _report(self) -> None:
         try:
             write_report(self.directory)
-        except Exception:
+        except Exception as error:
+            if storage.is_full(error, self.directory):
+                raise
             # A picture is no reason to lose the result of a finished run.
             logger.exception("the run is finished, but not its report; `tspin report %s` writes it", self.directory)
 

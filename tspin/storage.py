@@ -45,21 +45,26 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def disk_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Turn a full disk met while writing below `path` into a `ValueError` that says so and what to do.
+def is_full(error: Exception, path: str | os.PathLike) -> bool:
+    """Whether an error met while writing below `path` is that of a full disk.
 
     Serialisers report it differently: as an `OSError`, as text (safetensors), or as a stream that failed (torch.save);
     the last counts only when the device has less than 1 MiB left.
     """
+    if (isinstance(error, OSError) and error.errno in _NO_SPACE) or "no space left" in str(error).lower():
+        return True
+    existing = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+    return isinstance(error, (OSError, RuntimeError)) and shutil.disk_usage(existing).free < _SCARCE_BYTES
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turn a full disk met while writing below `path` into a `ValueError` that says so and what to do."""
     try:
         yield
     except Exception as error:
-        full = (isinstance(error, OSError) and error.errno in _NO_SPACE) or "No space left" in str(error)
-        if not full and isinstance(error, (OSError, RuntimeError)):
-            existing = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
-            full = shutil.disk_usage(existing).free < _SCARCE_BYTES
-        if not full:
+        # A ValueError has been through here, nearer to the file.
+        if isinstance(error, ValueError) or not is_full(error, path):
             raise
         raise ValueError(
             f"no space left on the device while writing {path}; "

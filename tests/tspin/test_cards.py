@@ -95,8 +95,8 @@ def test_cards_hold_no_path_of_this_machine(run, toy):
 
 
 def test_hub_names_become_links(mine):
-    record = storage.read_json(mine / "run.json") | {"model": {"name": "Qwen/Qwen2.5-1.5B", "commit": "abc"}}
-    storage.write_json(mine / "run.json", record)
+    record = storage.read_record(mine / "run.json") | {"model": {"name": "Qwen/Qwen2.5-1.5B", "commit": "abc"}}
+    storage.write_record(mine / "run.json", record)
     config = (mine / "config.yaml").read_text()
     (mine / "config.yaml").write_text(re.sub("^dataset: .*$", "dataset: openai/gsm8k", config, flags=re.M))
     write_cards(mine)

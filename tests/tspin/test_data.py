@@ -123,7 +123,8 @@ def test_the_first_round_of_a_conversation_ends_at_its_first_answer(tmp_path):
     path = write_jsonl(tmp_path / "train_sft-0.jsonl", records)
     write_jsonl(tmp_path / "train_gen-0.jsonl", [{"messages": turns("x", "y")}])
     first, _ = load_examples(config_for(tmp_path, conversation_round="first", dataset_split="train_sft"), TOKENIZER)
-    assert [(e.prompt, e.response) for e in first] == [("q1", "a1")] * 3
+    rendered = "### Instruction: q1\n\n### Response: "
+    assert [(e.prompt, e.response) for e in first] == [(rendered, "a1")] * 3
     assert [e.response_ids for e in first] == [[*ids_of("a1"), END]] * 3
     last, report = load_examples(config_for(path, on_bad_row="skip"), TOKENIZER)
     assert [e.row for e in last] == [1] and report.bad == 2  # a plain template takes one user turn

@@ -284,5 +284,5 @@ def test_a_run_measures_its_tasks_after_each_iteration_and_once_before(tmp_path,
     assert kept["result"]["shots"] == [1] and kept["result"]["score"] == scores[1]["tasks/sums"]
     assert (
         kept["request"]["model"]
-        == json.loads((tmp_path / "run" / "state.json").read_text())["done"]["iter_00/model"]["sha256"]
+        == json.loads((tmp_path / "run" / "state.json").read_text())["done"]["iter_00/model"]["iter_00/model"]
     )

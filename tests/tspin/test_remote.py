@@ -19,7 +19,7 @@ from test_distributed_loop import launch
 from test_generate import contents, examples, toy_model, toy_tokenizer
 from test_loop import make_toy, outcome, toy_config
 
-from tspin import remote
+from tspin import remote, storage
 from tspin.cli import main
 from tspin.completions import AgainError, Answer, TokenIds
 from tspin.config import SelfPlayConfig
@@ -450,9 +450,10 @@ def test_the_loop_starts_a_server_for_each_policy_and_outlives_its_deaths(toy, t
     assert list(dict.fromkeys(calm.asked)) == [str(toy / "model"), *made]
     samples = {"eval_initial/greedy": 0, "iter_00/synthetic": 0}
     samples |= {"iter_00/fresh": 1} if iterations == 1 else {"proto": 0, "iter_01/synthetic": 1}
+    pi_0 = storage.hash_json(storage.read_record(undisturbed.output_dir / "run.json")["model"])
     for name, t in samples.items():
         request = shard_request(undisturbed.output_dir / name)
-        assert request["backend"] == "openai" and (request["model"] == "pi_0") == (t == 0)
+        assert request["backend"] == "openai" and (request["model"] == pi_0) == (t == 0)
     # For the evaluation of pi_0, its samples, those of pi_1 with its evaluation, and then y0 and pi_2.
     assert len(calm.pids) == servers
     restarted = loop(toy, tmp_path / "shaken" / "run", shaken, iterations=iterations)

@@ -91,7 +91,7 @@ def writers(directory, *, prompt="1+1=", answer="#2", sampled="#3", **config):
     done = {}
 
     def stage(name, path):
-        done[name] = {"path": str(path.relative_to(directory)), "sha256": f"hash of {name}"}
+        done[name] = {str(path.relative_to(directory)): f"hash of {name}"}
         storage.write_json(directory / "state.json", {"done": done})
         with open(directory / "timings.jsonl", "a") as file:
             file.write(json.dumps({"stage": name, "seconds": 2.0, "finished": True, "host_peak_gib": 1.5}) + "\n")
@@ -205,7 +205,7 @@ def test_a_line_of_the_log_that_is_being_written_does_not_count_and_a_damaged_on
     metrics.write_text("\n".join([*lines[:2], lines[2][:-5]]))
     assert len(read_iterations(run)[1]["log"]) == 2
     metrics.write_text("\n".join([lines[0][:-5], *lines[1:]]))
-    with pytest.raises(ValueError, match=r"metrics.jsonl: want JSON in line 1, got .*restore the file"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1 is damaged: .*; restore it, or delete the file"):
         write_report(run)
 
 
@@ -295,7 +295,7 @@ def test_the_numbers_of_the_page_are_those_of_the_files(tmp_path, undrawn):
             # One of three pairs with y' other than y is out of order; for a reward that is the log-prob none is misaligned.
             assert page.row("tspin", str(t))[2:] == ["1.000", "0.000", "0.000", "0.333"]
             assert page.row(f"iteration {t}")[1:] == ["2.0 s", "2.0 s", "2.0 s", "2.0 s", "2.0 s", "10.0 s", "1.50"]
-    assert page.row("iter_01/eval") == ["iter_01/eval", "hash of iter_01/eval"]
+    assert page.row("iter_01/eval") == ["iter_01/eval", "iter_01/eval.json", "hash of iter_01/eval"]
     assert page.row("data, sha256")[1] == "d" * 64 and page.row("version of tspin")[1] == "0.1.0"
 
 
