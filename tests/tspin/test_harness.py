@@ -234,6 +234,7 @@ asked, real = [], HFLM.loglikelihood
 HFLM.loglikelihood = lambda self, requests, **options: asked.append(len(requests)) or real(self, requests, **options)
 result = Harness(benchmarks("choice,free"), sys.argv[1]).run(toy_model(sharpness=2.0), toy_tokenizer(), sys.argv[2])
 open(f"{sys.argv[2]}-{PartialState().process_index}.json", "w").write(json.dumps([asked, result]))
+PartialState().destroy_process_group()
 """
 
 

@@ -440,7 +440,7 @@ def loop(toy, directory, policies, **changes):
 
 @pytest.mark.parametrize(
     ("iterations", "servers", "fatal"),
-    [(1, 3, (3, 40, 60)), pytest.param(2, 5, (3, 40, 75, 120), marks=pytest.mark.soak)],
+    [(1, 4, (3, 40, 60)), pytest.param(2, 7, (3, 40, 75, 120), marks=pytest.mark.soak)],
 )
 def test_the_loop_starts_a_server_for_each_policy_and_outlives_its_deaths(toy, tmp_path, iterations, servers, fatal):
     """What is asked of it when it is killed is asked again of its successor: the same run, to the bit of its weights."""
@@ -454,7 +454,7 @@ def test_the_loop_starts_a_server_for_each_policy_and_outlives_its_deaths(toy, t
     for name, t in samples.items():
         request = shard_request(undisturbed.output_dir / name)
         assert request["backend"] == "openai" and (request["model"] == pi_0) == (t == 0)
-    # For the evaluation of pi_0, its samples, those of pi_1 with its evaluation, and then y0 and pi_2.
+    # For the evaluation of pi_0, its samples, those of pi_1, its evaluation after the pairs are scored, then y0 and pi_2 likewise.
     assert len(calm.pids) == servers
     restarted = loop(toy, tmp_path / "shaken" / "run", shaken, iterations=iterations)
     assert len(shaken.pids) == servers + len(fatal) and not shaken.fatal
