@@ -193,7 +193,7 @@ def harness(root: str, directory: str, kills: list[list]) -> None:
             Events(fatal, Path(directory) / "events").watch(shutil, "copytree")
             Comparison(values_of(Path(root), Path(directory)), ARMS[:2], [0]).run()
             os._exit(0)
-        print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        print("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 def test_a_killed_comparison_goes_on_to_the_same_runs(compared, toy, tmp_path):
