@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from benchmarks.study.claims import Study
 
 # Okabe and Ito's colours; one a method, with a marker of its own besides.
-_STYLE = {
+STYLE = {
     "tspin": ("#0072B2", "o"),
     "spin": ("#D55E00", "s"),
     "sft": ("#009E73", "^"),
@@ -72,7 +72,7 @@ def _rates(study: Study) -> Any:
         return None
     figure, axis = _figure(1, 3.6)
     for method, by_rate in scores.items():
-        colour, marker = _STYLE[method]
+        colour, marker = STYLE[method]
         if by_rate:
             means = [sum(values) / len(values) for values in by_rate.values()]
             axis.plot(list(by_rate), means, color=colour, marker=marker, linewidth=1.6, label=LABELS[method])
@@ -94,7 +94,7 @@ def _scores(study: Study) -> Any:
     figure, axes = _figure(2, 4, sharey=True)
     for axis, key, title in ((axes[0], plan.SCORE, "greedy"), (axes[1], SAMPLED, "sampled at temperature 1")):
         for name in names:
-            colour, marker = _STYLE[name]
+            colour, marker = STYLE[name]
             label = f"{LABELS[name]} ({study.rates[name]:.0e})".replace("e-0", "e-")
             _band(
                 axis,
@@ -131,7 +131,7 @@ def _mechanism(study: Study) -> Any:
         axis.sharey(axes[0])
         axis.legend(frameon=False, fontsize=8)
     for name in names:
-        colour, marker = _STYLE[name]
+        colour, marker = STYLE[name]
         _band(axes[-1], study, name, lambda t: at(t, FRESH), steps, color=colour, marker=marker, label=LABELS[name])
     axes[-1].set(
         title="Fresh pairs, y < y'", xlabel="iteration", ylabel="share with logp(y) < logp(y')", ylim=(0, None)

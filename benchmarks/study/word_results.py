@@ -8,17 +8,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.study.figures import STYLE
 from benchmarks.study.word_problems import METHODS, RATES, TUNING_SEED, is_of, tuned
 
 Row = dict[str, Any]
-# Okabe and Ito's colours; one a method, with a marker of its own besides.
-_STYLE = {
-    "tspin": ("#0072B2", "o"),
-    "spin": ("#D55E00", "s"),
-    "sft": ("#009E73", "^"),
-    "tspin_no_history": ("#CC79A7", "D"),
-    "tspin_ref": ("#E69F00", "v"),
-}
 _PANELS = (
     ("Unseen numbers, greedy", lambda p: p["test"]["greedy"]),
     ("Unseen numbers, sampled at temperature 1", lambda p: p["test"]["sampled"]),
@@ -89,7 +82,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axis, (title, get) in zip(figure.subplots(2, 2).flat, _PANELS):
-        for method, (colour, marker) in _STYLE.items():
+        for method, (colour, marker) in STYLE.items():
             mine = [row["iterations"] for row in rows if is_of(row, "test", method)]
             if not mine:
                 continue
