@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m benchmarks logprobs | row_kernels | train_step | memory | plots | table | summary`."""
+"""Command line of the benchmarks: `python -m benchmarks logprobs | row_kernels | train_step | memory | prediction | plots | table | summary`."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import logprobs, long_context, measure, plots, row_kernels, tables, training
+from benchmarks import logprobs, long_context, measure, plots, prediction, row_kernels, tables, training
 from benchmarks.workloads import select_cases
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     longest = _add_training(commands, "memory", "the longest triplet that fits, and the peak against length")
     longest.add_argument("--ratios", default="8,1", help="tokens of the prompt by tokens of each response")
     longest.add_argument("--caps", help="GiB, or none for the whole GPU, separated by commas")
+    longest.add_argument("--implementations", help="only these, separated by commas")
+    _add_common(commands.add_parser("prediction", help="peaks that `tspin check` predicts, beside a GPU's own count"), 60)
     texts = {
         "plots": "draw rows as PNG beside them",
         "table": "print every row",
@@ -48,6 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _logprobs(options, given)
     if options.command == "row_kernels":
         return _row_kernels(options)
+    if options.command == "prediction":
+        device = torch.device(options.device)
+        rows = prediction.run(device, _rows_path(options.out, device), options.commit)
+        print(prediction.table(rows))
+        return int(any(row["missing"] for row in rows))
     if options.command in ("train_step", "memory"):
         return _training(options)
     rows = measure.read_rows(options.path)
@@ -108,7 +115,8 @@ def _training(options: argparse.Namespace) -> int:
             None if cap == "none" else float(cap) for cap in (options.caps or ("24,none" if gpu else "0.25")).split(",")
         ]
         ratios = [float(ratio) for ratio in options.ratios.split(",")]
-        rows = long_context.memory(pairs, ratios, caps, **common)
+        names = options.implementations.split(",") if options.implementations else list(training.IMPLEMENTATIONS)
+        rows = long_context.memory(pairs, ratios, caps, names, **common)
     print(tables.training_table(rows))
     ours = [row for row in rows if row["implementation"] == "tspin"]
     return int(any(row["refused"] for row in ours))

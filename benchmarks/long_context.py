@@ -5,7 +5,7 @@ memory: a length fits there when the profiler's peak is below the cap.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +65,7 @@ def _warm(arms: Arms) -> None:
 def _set_cap(device: torch.device, cap_gib: float | None) -> None:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (cap_gib or total) * 2**30 / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (cap_gib or total) * 2**30 / total), device.index)
 
 
 def train_step(
@@ -110,6 +110,7 @@ def memory(
     cells: list[tuple[str, str]],
     ratios: list[float],
     caps: list[float | None],
+    implementations: Sequence[str] = tuple(IMPLEMENTATIONS),
     *,
     device: torch.device,
     seconds: float,
@@ -128,7 +129,7 @@ def memory(
         arms = Arms(model, method, device)
         refused = arms.gate(make_triplet(*_GATE, arms.vocab, device))
         _warm(arms)
-        searches = [(cap, ratio, name) for cap in caps for ratio in ratios for name in IMPLEMENTATIONS]
+        searches = [(cap, ratio, name) for cap in caps for ratio in ratios for name in implementations]
         for at, (cap, ratio, name) in enumerate(searches):
             left = (len(cells) - number) * len(searches) - at
             until = time.monotonic() + (deadline - time.monotonic()) / left

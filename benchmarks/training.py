@@ -23,7 +23,7 @@ from tspin_kernels import linear_tspin_loss, tspin_loss
 
 MEMBERS, BETA = 3, 0.1
 METHODS = ("full", "lora")
-_LORA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def model_config(name: str) -> PreTrainedConfig:
@@ -170,7 +170,7 @@ class Arms:
         if method == "lora":
             from peft import LoraConfig, get_peft_model
 
-            model = get_peft_model(model, LoraConfig(r=16, target_modules=list(_LORA), task_type="CAUSAL_LM"))
+            model = get_peft_model(model, LoraConfig(r=16, target_modules=LORA_MODULES, task_type="CAUSAL_LM"))
         self.model: nn.Module = model.train()
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.RMSprop(self.trainable, lr=1e-7)

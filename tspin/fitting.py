@@ -41,7 +41,7 @@ def gpu_memory(device: torch.device) -> int | None:
     """Bytes of a CUDA GPU that this process may take; None for another device."""
     if device.type != "cuda":
         return None
-    share = torch.cuda.get_per_process_memory_fraction(device)
+    share = torch.cuda.get_per_process_memory_fraction(device.index)
     return int(share * torch.cuda.get_device_properties(device).total_memory)
 
 

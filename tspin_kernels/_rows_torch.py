@@ -19,7 +19,7 @@ from tspin_kernels._inputs import LogitTransform
 
 # Elements of a tile: on a CPU it stays in the cache, on a GPU it keeps the launches few.
 _TILE = {"cpu": 2**18}
-_TILE_ELSEWHERE = 2**25
+_TILE_ELSEWHERE = 2**23
 # Any below the logarithm of the smallest number.
 _LOG_ZERO = {torch.float32: -200.0, torch.float64: -800.0}
 

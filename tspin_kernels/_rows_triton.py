@@ -44,7 +44,7 @@ def _move(m, s, u, reference):
 
 @triton.jit
 def _logits_tile(
-    row_ptr,  # the products of one row
+    products,  # of one row, in the buffer's dtype
     bias_ptr,  # [V'], read when HAS_BIAS
     offs_v,
     in_v,
@@ -55,8 +55,8 @@ def _logits_tile(
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    # Logits in float32 and the slope of their softcap. Columns past the vocabulary are -inf, last of all.
-    z = tl.load(row_ptr + offs_v, mask=in_v, other=0.0).to(tl.float32)
+    # Logits in float32 and the slope of their softcap; of columns past the vocabulary, any.
+    z = products.to(tl.float32)
     if HAS_BIAS:
         z += tl.load(bias_ptr + offs_v, mask=in_v, other=0.0).to(tl.float32)
     # Only constants are divided: a division of each logit would take as long as its exponential.
@@ -67,7 +67,7 @@ def _logits_tile(
         slope = 1.0 - tanh * tanh
     elif HAS_SCALE:
         z = z * (logit_scale / temperature)
-    return tl.where(in_v, z, float("-inf")), slope
+    return z, slope
 
 
 @triton.jit
@@ -100,11 +100,16 @@ def _row_stats_kernel(
     s = tl.zeros([BLOCK_V // LANE], tl.float32)
     u = tl.zeros([BLOCK_V // LANE], tl.float32)
 
+    # Columns past the vocabulary are -inf. The next block is on its way while one is taken in.
+    ahead = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf"))
     for start in range(0, V, BLOCK_V):
-        offs_v = start + columns
+        offs_v, products = start + columns, ahead
+        ahead = tl.load(row_ptr + BLOCK_V + offs_v, mask=BLOCK_V + offs_v < V, other=float("-inf"))
         z, _ = _logits_tile(
-            row_ptr, bias_ptr, offs_v, offs_v < V, logit_scale, softcap, temperature, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
+            products, bias_ptr, offs_v, offs_v < V, logit_scale, softcap, temperature, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
         )
+        if HAS_SCALE:
+            z = tl.where(offs_v < V, z, float("-inf"))
         m_new = tl.maximum(m, tl.max(z, axis=1))
         reference = _finite(m_new)
         shifted = z - reference[:, None]
@@ -126,8 +131,9 @@ def _row_stats_kernel(
         tl.store(u_ptr + row, u_old + tl.sum(_move(m, s, u, reference), axis=0))
     target = tl.load(target_ptr + row)
     hit = (target >= 0) & (target < V)
+    products = tl.load(row_ptr + target, mask=hit, other=0.0)
     z, _ = _logits_tile(
-        row_ptr, bias_ptr, target, hit, logit_scale, softcap, temperature, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
+        products, bias_ptr, target, hit, logit_scale, softcap, temperature, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
     )
     tl.store(target_logit_ptr + row, z, mask=hit)
 
@@ -180,8 +186,9 @@ def _dlogits_kernel(
     for start in range(first, tl.minimum(first + SPAN, V), BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         in_v = offs_v < V
+        products = tl.load(row_ptr + offs_v, mask=in_v, other=0.0)
         z, slope = _logits_tile(
-            row_ptr, bias_ptr, offs_v, in_v, logit_scale, softcap, temperature, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
+            products, bias_ptr, offs_v, in_v, logit_scale, softcap, temperature, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
         )
         log_p = (z - m) - log_s
         factor = base

@@ -45,8 +45,12 @@ def test_what_was_there_plus_the_gradient(fused, dtype, buffer_dtype, ignored, p
     want = backward(fused, case, memory_budget=budget)
     got = backward(fused, case, memory_budget=budget, grad_buffer=buffer)
     assert got[1] is None
-    assert torch.equal(got[0], want[0]) and torch.equal(got[2], want[2])
-    exact = evaluate(plain_logprobs, case.to("cpu").to(torch.float64))["dweight"] + before.double().cpu()
+    exact = evaluate(plain_logprobs, case.to("cpu").to(torch.float64))
+    for mine, theirs, name in ((got[0], want[0], "dhidden"), (got[2], want[2], "dbias")):
+        # The buffer's plan may have other blocks, and a GPU's products another rounding for each shape.
+        mine_error, error = (relative_error(found.cpu(), exact[name]) for found in (mine, theirs))
+        assert torch.equal(mine, theirs) or (fused.device == "cuda" and plan and mine_error <= 1.5 * error)
+    exact = exact["dweight"] + before.double().cpu()
     # The gradient itself is rounded nowhere before it is added; dlogits are, as ever.
     own = (want[1].double().cpu() + before.double().cpu() - exact).abs().max()
     rounding = torch.finfo(buffer_dtype).eps * exact.abs().max()

@@ -185,10 +185,16 @@ def peak_bytes(call, device: str) -> int:
     return peak
 
 
+def bytes_of_tiles(fused, block: int) -> int:
+    """What the row kernels may take beside the budget, for a block of so many logits: PyTorch's float32 copies of a tile."""
+    tile = min(block, _rows_torch._TILE_ELSEWHERE) if str(fused) == "torch-cuda" else 2**18
+    return 2**20 + 20 * tile
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows, columns", [(1024, 8192), (8192, 1024)])
 def test_bytes_in_flight(fused, op, rows, columns, dtype):
-    """Gradients, budget, per-token vectors and 6 MiB for the row kernels' tiles, beside 32 MiB of float32 logits."""
+    """Gradients, budget, per-token vectors and the row kernels' tiles, beside 32 MiB of float32 logits."""
     if fused.interpreted:
         pytest.skip("1024 rows are slow under Triton's interpreter; the plan is shared with the torch backend")
     case = make_case(rows, columns, 8, seed=3, dtype=dtype, bias=False).to(fused.device)
@@ -196,13 +202,14 @@ def test_bytes_in_flight(fused, op, rows, columns, dtype):
     budget = 2 * 2**20
     peak = peak_bytes(lambda: op(fused, hidden, weight, case, memory_budget=budget).backward(), fused.device)
     gradients = (rows + columns) * 8 * dtype.itemsize
-    assert peak < 2 * gradients + budget + 100 * rows + 6 * 2**20, f"{peak / 2**20:.1f} MiB"
+    tiles = bytes_of_tiles(fused, budget // dtype.itemsize)
+    assert peak < 2 * gradients + budget + 100 * rows + tiles, f"{peak / 2**20:.1f} MiB"
     assert peak > gradients, "the profiler saw no allocations"
 
 
 @pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=str)
 def test_bytes_of_wide_logits(fused, op, logits_dtype):
-    """A budget of many tiles, of which the narrow gradient beside float32 logits is a fifth or more."""
+    """A budget of many tiles, of which the narrow gradient beside float32 logits is a fifth or more, and CPUs widen all logits."""
     if fused.interpreted:
         pytest.skip("1024 rows are slow under Triton's interpreter; the plan is shared with the torch backend")
     case = make_case(1024, 8192, 8, seed=3, dtype=torch.bfloat16, bias=False).to(fused.device)
@@ -210,4 +217,6 @@ def test_bytes_of_wide_logits(fused, op, logits_dtype):
     budget = 40 * 2**20
     options = {"memory_budget": budget, "logits_dtype": logits_dtype}
     peak = peak_bytes(lambda: op(fused, hidden, weight, case, **options).backward(), fused.device)
-    assert 0.5 * budget < peak < budget + 6 * 2**20, f"{peak / 2**20:.1f} MiB"
+    is_wide = logits_dtype is not None or fused.device == "cpu"
+    assert peak > (budget // 2 if is_wide else 1024 * 8192 * 2), f"{peak / 2**20:.1f} MiB"
+    assert peak < budget + bytes_of_tiles(fused, 1024 * 8192), f"{peak / 2**20:.1f} MiB"
