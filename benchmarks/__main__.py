@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m benchmarks logprobs | row_kernels | train_step | memory | prediction | plots | table | summary`."""
+"""The benchmarks: `python -m benchmarks logprobs | row_kernels | train_step | memory | prediction | plots | table | summary`."""
 
 import argparse
 import os
@@ -36,7 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     longest.add_argument("--ratios", default="8,1", help="tokens of the prompt by tokens of each response")
     longest.add_argument("--caps", help="GiB, or none for the whole GPU, separated by commas")
     longest.add_argument("--implementations", help="only these, separated by commas")
-    _add_common(commands.add_parser("prediction", help="peaks that `tspin check` predicts, beside a GPU's own count"), 60)
+    _add_common(
+        commands.add_parser("prediction", help="peaks that `tspin check` predicts, beside a GPU's own count"), 60
+    )
     texts = {
         "plots": "draw rows as PNG beside them",
         "table": "print every row",

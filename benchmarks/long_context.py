@@ -23,14 +23,14 @@ FIELDS = (
 )
 _GATE = (96, 24)
 _RESOLUTION = 0.03
-_LEAST, _STRIDE, _WORTH_IT = 64, 4, 1.2
+_LEAST, _STRIDE, _WORTH_IT = 256, 8, 1.2
 
 
 class _Tried(NamedTuple):
     """A length that fitted."""
 
     prompt: int
-    peak: int
+    peak: int  # of the backward: that of the optimizer's step does not grow with the length
     seconds: float
 
 
@@ -91,8 +91,8 @@ def train_step(
                 row = _common("train_step", device, commit, model=model, method=method, implementation=name)
                 found[name] = row | _lengths(prompt, response) | {"refused": refused.get(name)}
                 if name not in refused:
-                    peak, why = arms.peak(name, triplet)
-                    found[name] |= _sizes(arms, peak) | {"missing": why}
+                    peak = arms.peak(name, triplet)
+                    found[name] |= {"missing": peak} if isinstance(peak, str) else _sizes(arms, peak[0])
             able = [name for name, row in found.items() if not row["refused"] and not row["missing"]]
             calls = {name: partial(arms.step, name, triplet) for name in able}
             times, failed = measure.timed_rounds(calls, device, max(0.0, until - time.monotonic()))
@@ -172,16 +172,19 @@ def _search(
             if prompt < _WORTH_IT * (fitted[-1].prompt if fitted else _LEAST):
                 break
         begun, response = time.monotonic(), max(1, round(prompt / ratio))
-        peak, why = arms.peak(name, make_triplet(prompt, response, arms.vocab, arms.device))
-        if why is not None and why != "out of memory":
-            cut = why
-            break
-        fits = peak is not None and (arms.device.type == "cuda" or peak <= usable)
-        why = why if fits or peak is None else "above the cap"
-        tried = _lengths(prompt, response) | _sizes(arms, peak) | {"missing": why}
+        peak = arms.peak(name, make_triplet(prompt, response, arms.vocab, arms.device))
+        if isinstance(peak, str):
+            if peak != "out of memory":
+                cut = peak
+                break
+            fits, tried = False, _lengths(prompt, response) | {"missing": peak}
+        else:
+            fits = arms.device.type == "cuda" or peak[0] <= usable
+            tried = _lengths(prompt, response) | _sizes(arms, peak[0])
+            tried["missing"] = None if fits else "above the cap"
         yield tried | {"prompt_per_response": ratio}
         if fits:
-            fitted.append(_Tried(prompt, peak or 0, time.monotonic() - begun))
+            fitted.append(_Tried(prompt, peak[1], time.monotonic() - begun))
             best = tried
         else:
             high = prompt

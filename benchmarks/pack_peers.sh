@@ -17,7 +17,7 @@ python3 -m pip install --quiet --no-deps --no-compile --only-binary=:all: --pyth
     nvidia-cutlass-dsl{,-libs-base,-libs-core,-libs-cu13}==4.6.2
 cd "$folder"
 # What nothing here imports; the libraries of torch-c-dlpack-ext are for torch before 2.10.
-rm -rf nvidia_cutlass_dsl/dsl_packages/iket nvidia_cutlass_dsl/cu13/lib/stubs tvm_ffi/{3rdparty,include,src} tvm_ffi/lib/*testing* bin scripts tests \
+rm -rf nvidia_cutlass_dsl/dsl_packages/iket nvidia_cutlass_dsl/cu13/lib/stubs tvm_ffi/{3rdparty,include,src} bin scripts tests \
     torch_c_dlpack_ext/*.so trl/experimental liger_kernel/ops/backends/_ascend _multiprocess
 rm -rf verl/{workers,trainer,experimental,models}
 tar c . | xz --x86 --lzma2=preset=9e,dict=256MiB > "$archive"

@@ -64,7 +64,12 @@ def _cell(
         common["per_device_train_batch_size"] = 1
         args = TSPINConfig(output_dir=folder, use_cpu=device.type == "cpu", **common | options)
         sharing = args.prefix_sharing != "off"
-        lengths = {"prompt_tokens": prompt, "response_tokens": response, "sharing": sharing, "gpu": device.type == "cuda"}
+        lengths = {
+            "prompt_tokens": prompt,
+            "response_tokens": response,
+            "sharing": sharing,
+            "gpu": device.type == "cuda",
+        }
         predicted = predict_memory(config, args, **lengths, dtype=dtype, peft_config=adapter)
         with device:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -92,6 +97,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'model':14} {'method':6} {'prompt':>7} {'response':>8} {'predicted':>10} {'measured':>9} {'ratio':>6}"]
     for row in rows:
         start = f"{row['model']:14} {row['method']:6} {row['prompt']:7} {row['response']:8} "
-        sizes = "{predicted_gib:6.2f} GiB {measured_gib:5.2f} GiB {ratio:6.3f}".format_map(row) if not row["missing"] else ""
+        sizes = (
+            "{predicted_gib:6.2f} GiB {measured_gib:5.2f} GiB {ratio:6.3f}".format_map(row)
+            if not row["missing"]
+            else ""
+        )
         lines.append(f"{start}{sizes or row['missing']}  {row['options']}")
     return "\n".join(lines)

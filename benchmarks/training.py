@@ -218,17 +218,18 @@ class Arms:
                 refused[name] = f"loss {loss:.6g} and gradient norm {norm:.6g}, naive {true[0]:.6g} and {true[1]:.6g}"
         return refused
 
-    def peak(self, implementation: str, triplet: Triplet) -> tuple[int | None, str | None]:
-        """(peak bytes of a step, weights and optimizer states included, None), or (None, why there is none)."""
+    def peak(self, implementation: str, triplet: Triplet) -> tuple[int, int] | str:
+        """Peak bytes of a step and of its backward alone, weights and optimizer states included; or why there are none."""
         try:
-            growth, _ = measure.peak_bytes(partial(self.step, implementation, triplet), self.device)
+            growth, _ = measure.peak_bytes(partial(self.backward, implementation, triplet), self.device)
+            updating, _ = measure.peak_bytes(self.optimizer.step, self.device)
         except Exception as error:
-            why = measure.reason(error)
-        else:
-            return growth + self.resident(), None
+            self.optimizer.zero_grad()
+            self.clear()
+            return measure.reason(error)
         self.optimizer.zero_grad()
-        self.clear()
-        return None, why
+        backward = growth + self.resident()
+        return max(backward, updating + self.resident() + self.gradients()), backward
 
     def clear(self) -> None:
         """Give free blocks back to the device, so that one measurement does not crowd the next."""

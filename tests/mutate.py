@@ -48,7 +48,20 @@ def both(bug: str, torch_edit: tuple[str, str], triton_edit: tuple[str, str], te
 
 MUTATIONS = [
     # 1. Phantom vocabulary
-    Mutation("1 mask of the last tile removed", TRITON, 'tl.where(in_v, z, float("-inf"))', "z", only="triton"),
+    Mutation(
+        "1 mask of the last tile removed",
+        TRITON,
+        'mask=in_v, other=float("-inf")',
+        "mask=in_v, other=0.0",
+        only="triton",
+    ),
+    Mutation(
+        "1 mask of the last tile removed from scaled logits",
+        TRITON,
+        'tl.where(in_v, z, float("-inf"))',
+        "z",
+        only="triton",
+    ),
     *both(
         "1 running maximum floored at 0",
         ("m_new = torch.maximum(m_old, z.amax(1))", "m_new = torch.maximum(m_old, z.amax(1)).clamp(min=0)"),
@@ -246,15 +259,15 @@ MUTATIONS = [
     Mutation(
         "last column of a block skipped (statistics)",
         TRITON,
-        "bias_ptr, offs_v, offs_v < V,",
-        "bias_ptr, offs_v, offs_v < V - 1,",
+        'in_v = offs_v < V\n        products = tl.load(row_ptr + offs_v, mask=in_v, other=float("-inf"))',
+        'in_v = offs_v < V - 1\n        products = tl.load(row_ptr + offs_v, mask=in_v, other=float("-inf"))',
         only="triton",
     ),
     Mutation(
         "last column of a block skipped (gradient)",
         TRITON,
-        "in_v = offs_v < V\n",
-        "in_v = offs_v < V - 1\n",
+        "in_v = offs_v < V\n        products = tl.load(row_ptr + offs_v, mask=in_v, other=0.0)",
+        "in_v = offs_v < V - 1\n        products = tl.load(row_ptr + offs_v, mask=in_v, other=0.0)",
         only="triton",
     ),
     Mutation(
@@ -420,6 +433,25 @@ MUTATIONS = [
         "index[places], targets[: len(places)]",
         "test_zero_coefficients.py",
     ),
+    Mutation(
+        "skip: dlogits move and their hidden rows stay",
+        RUN,
+        "index[places], dlogits[: places.shape[0]]",
+        "index[: places.shape[0]], dlogits[: places.shape[0]]",
+        "test_zero_coefficients.py",
+    ),
+    Mutation(
+        "skip: a GPU is asked which rows count before dlogits are queued",
+        RUN,
+        "all_live = HostCopy(live.all())",
+        "all_live = HostCopy(live.all())\n            all_live.read()",
+        "test_memory.py",
+    ),
+    Mutation(
+        "ids out of range, told too late to be kept in range", RUN, "ids = ids.clamp(", "ids.clamp(", "test_memory.py"
+    ),
+    Mutation("ids out of range never told", GROUPS, "    verify_ids()\n", "", "test_memory.py"),
+    Mutation("rows out of range never told", GROUPS, "    verify_rows()\n", "", "test_memory.py"),
     Mutation("grad_buffer overwritten", OPS, "fresh=new_weight_gradient", "fresh=True", "test_grad_buffer.py"),
     Mutation(
         "grad_buffer overwritten by a wide sum",
@@ -522,7 +554,7 @@ MUTATIONS = [
         "to_front(is_dense, None)",
         "test_filter.py",
     ),
-    Mutation("filter: bias' gradient left out", FILTER, "grads.bias, unscale", "None, unscale", "test_filter.py"),
+    Mutation("filter: bias' gradient left out", FILTER, "grads.bias, store", "None, store", "test_filter.py"),
     Mutation(
         "filter: float16 not scaled back",
         FILTER,

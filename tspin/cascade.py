@@ -85,7 +85,7 @@ def _size(rows: slice) -> int:
 
 def _take(x: Tensor, rows: Rows, dim: int = 0) -> Tensor:
     parts = [x.narrow(dim, span.start, _size(span)) for span in rows]
-    return torch.cat(parts, dim) if len(parts) > 1 else parts[0].contiguous()
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def _parts(x: Tensor, rows: Rows, dim: int = 0) -> list[tuple[slice, Tensor]]:
@@ -173,10 +173,11 @@ class _Cascade(torch.autograd.Function):
         for queries, keys, blocks in ctx.plan.cross:
             of = (queries, queries, keys, keys, queries)
             inputs = [_take(x, rows) for x, rows in zip((grad, q, k, v, out), of, strict=True)]
-            shares = _backward(*inputs, _take(lse, queries, 1), blocks, ctx.scale)  # type: ignore
+            # Kernels take rows at any stride, but not this vector.
+            shares = _backward(*inputs, _take(lse, queries, 1).contiguous(), blocks, ctx.scale)  # type: ignore
             for whole, share, spans in zip(grads, shares, of[1:4], strict=True):
                 for rows, part in _parts(share, spans):
-                    whole[rows] += part
+                    whole[rows].add_(part)
         of_sinks = None
         if sinks is not None:
             weights = (sinks.to(lse.dtype)[:, None] - lse).exp()

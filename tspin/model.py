@@ -210,6 +210,7 @@ def _score(model: nn.Module, plain_forward: Callable, score: ScoreRequest, **inp
                 rows=score.rows,
                 entropy=score.entropy,
                 memory_budget=score.memory_budget,
+                ignore_index=None,
                 logit_scale=head.logit_scale,
                 softcap=head.softcap,
                 **groups,

@@ -208,8 +208,17 @@ class Select(torch.autograd.Function):
 
 
 class _HeadRows(NamedTuple):
+    """What the planner asks of `tspin_kernels._groups.Rows`."""
+
     index: Tensor  # [N]
-    per_group: list[int]
+    sizes: list[int]
+
+    @property
+    def groups(self) -> int:
+        return len(self.sizes)
+
+    def per_group(self) -> list[int]:
+        return self.sizes
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -261,8 +270,7 @@ def head_loss(hidden: Tensor, head: Head, per_group: Sequence[int], *, budget: i
     ranges = group_blocks(kernel, like, rows, wanted, budget) if any(wanted) else None  # type: ignore[arg-type]
     part_bytes = hidden.shape[-1] * hidden.dtype.itemsize if wanted[0] else 0
     blocks = []
-    for start, stop in ranges or [(0, len(per_group))]:
-        n = sum(per_group[start:stop])
+    for _, _, n in ranges or [(0, len(per_group), N)]:
         dtypes = [t.dtype if needed else None for t, needed in zip((hidden, weight), wanted, strict=False)]
         sizes = kernel.sizes(n, like, True, *dtypes)
         plan = plan_blocks(sizes, budget)

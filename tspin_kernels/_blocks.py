@@ -181,7 +181,7 @@ def take(hidden: Tensor, index: Tensor | None, start: int, stop: int) -> Tensor:
 class _Buffer:
     """One block of logits or their gradient: a view of the store, or of memory that every block uses again."""
 
-    def __init__(self, like: Tensor, rows: int, cols: int, dtype: torch.dtype, store: Tensor | None):
+    def __init__(self, like: Tensor, rows: int, cols: int, dtype: torch.dtype, store: Tensor | None = None):
         self.store = store
         self.memory = None if store is not None else like.new_empty(rows * cols, dtype=dtype)
 
@@ -196,9 +196,9 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """For what chooses the dtype of each product itself; autocast would round what it widens."""
 
     @wraps(function)
-    def wrapped(head: Head, hidden: Tensor, *args: Any, **options: Any) -> Any:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return function(head, hidden, *args, **options)
+    def wrapped(head: Head, *args: Any, **options: Any) -> Any:
+        with torch.autocast(head.weight.device.type, enabled=False):
+            return function(head, *args, **options)
 
     return wrapped
 
@@ -213,7 +213,7 @@ def compute_stats(
     with_entropy: bool,
     store: Tensor | None = None,
 ) -> RowStats:
-    """Statistics of the rows `hidden[index]` against `targets` [N]. `store` [N, V] keeps the products for `compute_gradients`."""
+    """Statistics of the rows `hidden[index]` against `targets` [N]. `store` [N, V] keeps the products for `form_gradient`."""
     N, targets = targets.shape[0], targets - head.start
     m = torch.full((N,), -torch.inf, dtype=accumulate_dtype(head.compute_dtype), device=hidden.device)
     s = torch.zeros_like(m)
@@ -254,12 +254,11 @@ def compute_gradients(
     blocks: Blocks,
     grads: Gradients,
     fresh: bool = True,
-    store: Tensor | None = None,
 ) -> None:
-    """Write into `grads` the gradients of the rows `hidden[index]`; not `fresh`: add that of the weight. The bias' is always added.
+    """Write into `grads` the gradients of the rows `hidden[index]`, whose products are made again, block by block.
 
-    Row i of `grads.hidden` [N, D] belongs to `hidden[index[i]]` and is always written. `store` holds the products kept by
-    `compute_stats` and is destroyed; without it they are made again.
+    Row i of `grads.hidden` [N, D] belongs to `hidden[index[i]]` and is always written. Not `fresh`: that of the weight is added.
+    The bias' is always added.
     """
     N, targets = targets.shape[0], targets - head.start
     upstream, unscale = rescale(upstream, head.compute_dtype)
@@ -271,9 +270,9 @@ def compute_gradients(
     dhidden = _Sum(grads.hidden, len(col_steps), blocks.rows, blocks.tokens_inner, True, unscale)
     dweight = _Sum(grads.weight, len(row_steps), blocks.cols, not blocks.tokens_inner, fresh, unscale)
     size = min(blocks.rows, N), blocks.cols
-    buffer = gradients = _Buffer(hidden, *size, head.logits_dtype, store)
+    buffer = gradients = _Buffer(hidden, *size, head.logits_dtype)
     if head.logits_dtype != head.compute_dtype and (grads.hidden is not None or grads.weight is not None):
-        gradients = _Buffer(hidden, *size, head.compute_dtype, None)
+        gradients = _Buffer(hidden, *size, head.compute_dtype)
     at, part = -1, head
     for (r0, r1), (c0, c1) in order:
         if at != c0:
@@ -281,29 +280,56 @@ def compute_gradients(
         block = slice(r0, r1)
         rows = take(hidden, index, r0, r1).to(head.compute_dtype)
         logits, dlogits = (each.block(r0, r1, c0, c1) for each in (buffer, gradients))
-        if store is None:
-            part.project(rows, logits)
-        dbias = None if grads.bias is None else grads.bias[c0:c1]
-        row_stats, row_upstream = stats.take(block), upstream.take(block)
-        form_dlogits(part, logits, dlogits, targets[block] - c0, row_stats, row_upstream, dbias, unscale)
+        part.project(rows, logits)
+        _form_dlogits(part, logits, dlogits, targets[block] - c0, stats.take(block), upstream.take(block))
         dhidden.add(r0, r1, dlogits, part.weight, c0 == 0, c1 == head.V)
         dweight.add(c0, c1, dlogits.T, rows, r0 == 0, r1 == N)
+        add_column_sums(None if grads.bias is None else grads.bias[c0:c1], dlogits, unscale)
 
 
-def form_dlogits(
+@without_autocast
+def form_gradient(
+    head: Head, store: Tensor, targets: Tensor, stats: RowStats, upstream: Upstream, for_products: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the products in `store` [N, V], and what takes a scale out of it again: in the same memory, but wide
+    products have their gradient apart where it is `for_products` of its own."""
+    upstream, unscale = rescale(upstream, head.compute_dtype)
+    is_apart = for_products and head.logits_dtype != head.compute_dtype
+    dlogits = torch.empty_like(store, dtype=head.compute_dtype) if is_apart else store
+    _form_dlogits(head, store, dlogits, targets - head.start, stats, upstream)
+    return dlogits, unscale
+
+
+@without_autocast
+def multiply_out(
     head: Head,
-    logits: Tensor,
+    hidden: Tensor,
+    index: Tensor | None,
     dlogits: Tensor,
-    targets: Tensor,
-    stats: RowStats,
-    upstream: Upstream,
-    dbias: Tensor | None,
     unscale: Tensor | None,
+    grads: Gradients,
+    fresh: bool = True,
 ) -> None:
-    """Write the gradient of the products `logits` [N, V] into `dlogits`, which may be the same tensor, and add its column sums
-    times `unscale` to `dbias` [V]. `targets` [N] are counted from the first column."""
+    """Write into `grads` what `dlogits` [N, V] of the rows `hidden[index]` come to, as `compute_gradients` does."""
+    N, V = dlogits.shape
+    if grads.hidden is not None:
+        _Sum(grads.hidden, 1, N, True, True, unscale).add(0, N, dlogits, head.columns(0, V).weight, True, True)
+    if grads.weight is not None:
+        rows = take(hidden, index, 0, N).to(head.compute_dtype)
+        _Sum(grads.weight, 1, V, True, fresh, unscale).add(0, V, dlogits.T, rows, True, True)
+    add_column_sums(grads.bias, dlogits, unscale)
+
+
+def _form_dlogits(
+    head: Head, logits: Tensor, dlogits: Tensor, targets: Tensor, stats: RowStats, upstream: Upstream
+) -> None:
+    # The gradient of the products `logits` [N, V], into `dlogits`; `targets` [N] are counted from the first column.
     entropy = None if upstream.entropy is None else stats.entropy
     head.rows.dlogits_(logits, dlogits, head.bias, targets, stats.m, stats.log_s, entropy, *upstream, head.transform)
+
+
+def add_column_sums(dbias: Tensor | None, dlogits: Tensor, unscale: Tensor | None) -> None:
+    """Add to `dbias` [V] the column sums of `dlogits` [N, V] times `unscale`."""
     if dbias is not None:
         column_sums = dlogits.sum(0, dtype=dbias.dtype)
         dbias += column_sums if unscale is None else column_sums * unscale

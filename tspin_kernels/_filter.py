@@ -24,10 +24,10 @@ from tspin_kernels._blocks import (
     Head,
     RowStats,
     Upstream,
+    add_column_sums,
     add_product,
-    form_dlogits,
+    form_gradient,
     product,
-    rescale,
     to_front,
     without_autocast,
 )
@@ -135,10 +135,13 @@ def compute_filtered_gradients(
     Row i of `grads.hidden` [N, D] is written; the gradients of weight and bias, in float32 or wider, are added.
     """
     report = FilterReport() if report is None else report
-    (N, V), targets, dtype = store.shape, targets - head.start, head.compute_dtype
-    upstream, unscale = rescale(upstream, dtype)
-    form_dlogits(head, store, store, targets, stats, upstream, grads.bias, unscale)
+    (N, V), dtype = store.shape, head.compute_dtype
+    # In place: the columns are chosen by what is not yet rounded.
+    store, unscale = form_gradient(head, store, targets, stats, upstream, for_products=False)
+    add_column_sums(grads.bias, store, unscale)
+    targets = targets - head.start
     size = torch.stack([gradient.abs() for gradient in upstream if gradient is not None]).sum(0)
+    size = size if unscale is None else size / unscale
     # What all ranks drop together stays within the tolerance.
     ranks = 1 if head.shard is None else head.shard.ranks
     limit = tolerance * abs(head.transform.logit_scale) / head.transform.temperature / ranks

@@ -3,16 +3,25 @@
 The products and row work are the engine's (`_blocks.py`); nothing here knows of autograd's graph but the little one of the loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tspin_kernels._blocks import Gradients, Head, Upstream, compute_gradients, compute_stats, to_front
+from tspin_kernels._blocks import (
+    Gradients,
+    Head,
+    Upstream,
+    compute_gradients,
+    compute_stats,
+    form_gradient,
+    multiply_out,
+    to_front,
+)
 from tspin_kernels._filter import FilterReport, compute_filtered_gradients, filter_bytes
-from tspin_kernels._inputs import accumulate_dtype
+from tspin_kernels._inputs import HostCopy, accumulate_dtype, answers_at_once
 from tspin_kernels._plan import Blocks, plan_blocks
 from tspin_kernels._sequences import LossFn, SequenceStats, group_losses, run_lengths, sum_sequences
 
@@ -61,7 +70,14 @@ class Rows(NamedTuple):
     targets: Tensor  # [N]
     ids: Tensor  # [N] sequence of each row
     lengths: Tensor  # [G, group_size]
-    per_group: list[int]
+
+    @property
+    def groups(self) -> int:
+        return self.lengths.shape[0]
+
+    def per_group(self) -> list[int]:
+        """Rows of each group; a GPU is waited for."""
+        return self.lengths.sum(1).tolist()
 
 
 class Call(NamedTuple):
@@ -76,16 +92,40 @@ class Call(NamedTuple):
     filter_report: FilterReport | None = None
 
 
+def check_rows(rows: Tensor | None, H: int) -> Callable[[], None]:
+    # What raises where indices are not of H hidden rows: at once where that costs nothing, else whenever it is called.
+    ends = None if rows is None or rows.numel() == 0 else HostCopy(torch.stack(rows.aminmax()))
+
+    def verify() -> None:
+        smallest, largest = ends.read() if ends else (0, -1)
+        if smallest < 0 or largest >= H:
+            raise ValueError(f"rows: want indices in [0, {H}), got {smallest} to {largest}")
+
+    if rows is not None and answers_at_once(rows.device):
+        verify()
+    return verify
+
+
 def select_rows(
-    targets: Tensor, ids: Tensor, rows: Tensor | None, ignore_index: int | None, num_groups: int, group_size: int
+    targets: Tensor,
+    ids: Tensor,
+    rows: Tensor | None,
+    ignore_index: int | None,
+    num_groups: int,
+    group_size: int,
+    H: int,
 ) -> Rows:
+    if not answers_at_once(ids.device):
+        # Whoever is out of range is told so later, and reads no memory that is not there.
+        ids = ids.clamp(0, max(0, num_groups * group_size - 1))
+        rows = None if rows is None else rows.clamp(0, max(0, H - 1))
     order = torch.sort(ids, stable=True).indices
     if ignore_index is not None:
         order = order[targets[order] != ignore_index]
     ids = ids[order]
     lengths = run_lengths(ids, num_groups * group_size).view(num_groups, group_size)
     index = order if rows is None else rows[order]
-    return Rows(index, rows is not None, targets[order], ids, lengths, lengths.sum(1).tolist())
+    return Rows(index, rows is not None, targets[order], ids, lengths)
 
 
 class _HiddenGradient:
@@ -103,7 +143,7 @@ class _HiddenGradient:
             # Of each selected row, its place among the shared ones, or -1.
             self.slots = torch.where(is_shared, is_shared.cumsum(0) - 1, -1)[inverse]
 
-    def add(self, selected: Tensor, index: Tensor, part: Tensor) -> None:
+    def add(self, selected: Tensor | slice, index: Tensor, part: Tensor) -> None:
         """Add the gradients `part` of the `selected` rows that count, which are the hidden rows `index`."""
         if not self.may_repeat:
             self.total.index_copy_(0, index, part)
@@ -127,23 +167,31 @@ def _live_rows(upstream: Upstream) -> Tensor:
     return torch.stack([gradient != 0 for gradient in upstream if gradient is not None]).any(0)
 
 
-def _pack(per_group: list[int], max_rows: int) -> list[tuple[int, int]] | None:
+class Range(NamedTuple):
+    """Consecutive groups, and how many rows they have."""
+
+    start: int
+    stop: int
+    rows: int
+
+
+def _pack(per_group: list[int], max_rows: int) -> list[Range] | None:
     # Ranges of groups of at most `max_rows` rows, None where one group alone has more.
     ranges, start, used = [], 0, 0
     for group, rows in enumerate(per_group):
         if rows > max_rows:
             return None
         if used + rows > max_rows:
-            ranges.append((start, group))
+            ranges.append(Range(start, group, used))
             start, used = group, 0
         used += rows
-    ranges.append((start, len(per_group)))
+    ranges.append(Range(start, len(per_group), used))
     return ranges
 
 
 def group_blocks(
     head: Head, hidden: Tensor, rows: Rows, wanted: list[bool], budget: int, filtered: bool = False
-) -> list[tuple[int, int]] | None:
+) -> list[Range] | None:
     """Ranges of groups whose logits fit; None where one group is too large, and the call takes two passes."""
     if filtered:
         budget -= filter_bytes(head, hidden.device)
@@ -151,13 +199,12 @@ def group_blocks(
     sizes = partial(head.sizes, hidden=hidden, gathered=True, dhidden=dtypes[0], dweight=dtypes[1])
     N, V = rows.index.shape[0], head.widest
     if sizes(N).total(N, V) <= budget:
-        return [(0, len(rows.per_group))]
+        return [Range(0, rows.groups, N)]
     D, one = head.weight.shape[1], sizes(1)
     # Several blocks sum the weight's gradient in float32, taken a few columns at a time.
     accumulator = 4 * D * V if one.dweight == "narrow" else 0
-    return _pack(
-        rows.per_group, (budget - accumulator - V * one.col_bytes) // max(1, V * one.logit_bytes + one.row_bytes)
-    )
+    max_rows = (budget - accumulator - V * one.col_bytes) // max(1, V * one.logit_bytes + one.row_bytes)
+    return _pack(rows.per_group(), max_rows)
 
 
 def run_groups(
@@ -188,8 +235,7 @@ def run_groups(
     if one_pass:
         # Once for all blocks, where their weight is the whole one.
         head = head.columns(0, V)
-    for g0, g1 in ranges or [(0, len(rows.per_group))]:
-        n = sum(rows.per_group[g0:g1])
+    for g0, g1, n in ranges or [Range(0, rows.groups, rows.index.shape[0])]:
         block = slice(start, start + n)
         start += n
         index, targets = rows.index[block], rows.targets[block]
@@ -214,16 +260,31 @@ def run_groups(
         upstream = Upstream(
             *(None if d is None else (d / call.normalizer).reshape(-1)[local].to(dtype) for d in (dlogprobs, dentropy))
         )
-        places = to_front(_live_rows(upstream), store)
-        if places.shape[0] == 0:
+        selected: Tensor | slice = block
+        live = _live_rows(upstream)
+        if store is not None and not filtered:
+            # All dlogits are on their way before the host asks which rows count: to ask costs a GPU nothing.
+            all_live = HostCopy(live.all())
+            dlogits, unscale = form_gradient(head, store, targets, stats, upstream, wanted[0] or wanted[1])
+            if not all_live.read():
+                places = to_front(live, dlogits)
+                selected, index, dlogits = places + block.start, index[places], dlogits[: places.shape[0]]
+        else:
+            places = to_front(live, store)
+            selected, index, targets = places + block.start, index[places], targets[places]
+            store = None if store is None else store[: places.shape[0]]
+            stats, upstream = stats.take(places), upstream.take(places)
+        count = index.shape[0]
+        if count == 0:
             continue
-        if places.shape[0] < n:
-            index, targets, store = index[places], targets[places], None if store is None else store[: places.shape[0]]
-            stats = stats.take(places)
-            upstream = upstream.take(places)
-        dhidden = hidden.new_empty(places.shape[0], D, dtype=hidden_dtype) if hidden_gradient else None
+        dhidden = hidden.new_empty(count, D, dtype=hidden_dtype) if hidden_gradient else None
         block_grads = Gradients(dhidden, grads.weight, grads.bias)
-        if call.filter_tolerance is not None and store is not None:
+        if store is None:
+            compute_gradients(head, hidden, index, targets, stats, upstream, blocks, block_grads, fresh)
+        elif not filtered:
+            multiply_out(head, hidden, index, dlogits, unscale, block_grads, fresh)
+        else:
+            assert call.filter_tolerance is not None
             compute_filtered_gradients(
                 head,
                 hidden,
@@ -236,15 +297,11 @@ def run_groups(
                 call.filter_tolerance,
                 call.filter_report,
             )
-        else:
-            compute_gradients(
-                head, hidden, index, targets, stats, upstream, blocks, block_grads, fresh=fresh, store=store
-            )
-            if call.filter_report is not None:
-                call.filter_report.count(places.shape[0], V, V)
+        if store is None and call.filter_report is not None:
+            call.filter_report.count(count, V, V)
         fresh = False
         if hidden_gradient is not None and dhidden is not None:
-            hidden_gradient.add(places + block.start, index, dhidden)
+            hidden_gradient.add(selected, index, dhidden)
     if fresh and grads.weight is not None:
         grads.weight.zero_()
     losses = torch.cat([losses for losses, _ in parts])

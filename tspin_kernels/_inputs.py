@@ -3,7 +3,7 @@
 Dimensions: N tokens, D hidden width, V vocabulary, S sequences, G groups.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,9 +81,28 @@ def check_inputs(
         raise ValueError(f"entropy: want 'grad', 'value' or False, got {entropy!r}")
 
 
+class HostCopy:
+    """Values on their way from a device to the host, which waits for them when it reads them and not for what is queued after."""
+
+    def __init__(self, values: Tensor):
+        self._values = values.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+
+    def read(self) -> Any:
+        """As Tensor.tolist()."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()
+
+
+def answers_at_once(device: torch.device) -> bool:
+    """Whether looking at a value costs nothing; a GPU has to finish first what was queued before."""
+    return device.type == "cpu"
+
+
 def check_targets_in_range(targets: Tensor, V: int) -> None:
     """Raise on the CPU, where looking costs nothing, when a target that counts is outside [0, V)."""
-    if targets.device.type != "cpu" or targets.numel() == 0:
+    if not answers_at_once(targets.device) or targets.numel() == 0:
         return
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= V:

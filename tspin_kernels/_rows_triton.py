@@ -55,7 +55,7 @@ def _logits_tile(
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    # Logits in float32 and the slope of their softcap; of columns past the vocabulary, any.
+    # Logits in float32 and the slope of their softcap. Products past the vocabulary give any number.
     z = products.to(tl.float32)
     if HAS_BIAS:
         z += tl.load(bias_ptr + offs_v, mask=in_v, other=0.0).to(tl.float32)
@@ -100,16 +100,16 @@ def _row_stats_kernel(
     s = tl.zeros([BLOCK_V // LANE], tl.float32)
     u = tl.zeros([BLOCK_V // LANE], tl.float32)
 
-    # Columns past the vocabulary are -inf. The next block is on its way while one is taken in.
-    ahead = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf"))
     for start in range(0, V, BLOCK_V):
-        offs_v, products = start + columns, ahead
-        ahead = tl.load(row_ptr + BLOCK_V + offs_v, mask=BLOCK_V + offs_v < V, other=float("-inf"))
+        offs_v = start + columns
+        in_v = offs_v < V
+        products = tl.load(row_ptr + offs_v, mask=in_v, other=float("-inf"))
         z, _ = _logits_tile(
-            products, bias_ptr, offs_v, offs_v < V, logit_scale, softcap, temperature, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
+            products, bias_ptr, offs_v, in_v, logit_scale, softcap, temperature, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
         )
         if HAS_SCALE:
-            z = tl.where(offs_v < V, z, float("-inf"))
+            # Columns past the vocabulary are no longer sure to be -inf.
+            z = tl.where(in_v, z, float("-inf"))
         m_new = tl.maximum(m, tl.max(z, axis=1))
         reference = _finite(m_new)
         shifted = z - reference[:, None]
@@ -222,7 +222,7 @@ def _scale_kernel(
 
 def _launch_options(logits: Tensor) -> dict[str, int]:
     block_v = min(_MAX_BLOCK_V, max(128, triton.next_power_of_2(logits.shape[1])))
-    return {"BLOCK_V": block_v, "num_warps": max(1, min(8, block_v // 256))}
+    return {"BLOCK_V": block_v, "num_warps": max(1, block_v // 1024)}
 
 
 def row_stats_(

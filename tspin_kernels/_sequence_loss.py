@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tspin_kernels._blocks import Head, rows_module
 from tspin_kernels._filter import FilterReport
-from tspin_kernels._groups import Call, Rows, run_groups, select_rows
+from tspin_kernels._groups import Call, Rows, check_rows, run_groups, select_rows
 from tspin_kernels._inputs import LogitTransform, check_inputs, check_targets_in_range
 from tspin_kernels._linear_logprobs import product_dtypes, refuse_with_reference
 from tspin_kernels._losses import tspin_loss
@@ -143,10 +143,8 @@ def linear_sequence_loss(
         rows = rows.reshape(-1)
         if rows.dtype != torch.int64 or rows.shape[0] != N:
             raise ValueError(f"rows: want {N} int64, one per target, got {list(rows.shape)} {rows.dtype}")
-        smallest, largest = torch.stack(rows.aminmax()).tolist() if N else (0, -1)
-        if smallest < 0 or largest >= flat.shape[0]:
-            raise ValueError(f"rows: want indices in [0, {flat.shape[0]}), got {smallest} to {largest}")
-    num_groups = check_groups(ids, N, group_size, group_inputs, num_groups)
+    verify_rows = check_rows(rows, flat.shape[0])
+    num_groups, verify_ids = check_groups(ids, N, group_size, group_inputs, num_groups)
     if isinstance(normalizer, Tensor) and normalizer.requires_grad:
         raise ValueError("normalizer: want a constant, got a tensor that requires grad; detach it")
     if filter_tolerance is not None and not 0 <= filter_tolerance <= 1:
@@ -204,7 +202,7 @@ def linear_sequence_loss(
         rows_module(backend, hidden.device),
         shard,
     )
-    selected = select_rows(targets, ids, rows, ignore_index, num_groups, group_size)
+    selected = select_rows(targets, ids, rows, ignore_index, num_groups, group_size, flat.shape[0])
     check_targets_in_range(selected.targets, head.V if shard is None else shard.V)
     call = Call(
         loss_fn,
@@ -216,6 +214,9 @@ def linear_sequence_loss(
         filter_report,
     )
     loss, *sequences = _SequenceLoss.apply(flat, weight, bias, head, selected, call, wanted)
+    # A GPU has all its work by now.
+    verify_rows()
+    verify_ids()
     return loss, SequenceStats(*sequences)
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tspin_kernels._inputs import HostCopy, answers_at_once
+
 
 class SequenceStats(NamedTuple):
     """Sums over the tokens of each sequence, [groups, group_size]: log-probs and entropies (float32, nats; entropy None when
@@ -40,31 +42,40 @@ def run_lengths(ids: Tensor, sequences: int) -> Tensor:
 
 def check_groups(
     sequence_ids: Tensor, N: int, group_size: int, group_inputs: Sequence[Tensor], num_groups: int | None
-) -> int:
-    # The number of groups, after looking at all that describes them.
+) -> tuple[int, Callable[[], None]]:
+    # The number of groups, after looking at all that describes them; and what raises where ids are out of range: at once where
+    # that costs nothing, else whenever it is called.
     if group_size < 1:
         raise ValueError(f"group_size: want at least 1, got {group_size}")
     if sequence_ids.dtype != torch.int64 or sequence_ids.numel() != N:
         raise ValueError(
             f"sequence_ids: want {N} int64, one per target, got {list(sequence_ids.shape)} {sequence_ids.dtype}"
         )
-    smallest, largest = torch.stack(sequence_ids.aminmax()).tolist() if N else (0, -1)
-    if smallest < 0:
-        raise ValueError(f"sequence_ids: want ids from 0 on, got {smallest}; mark rows to ignore in targets")
-    if num_groups is None:
-        num_groups = largest // group_size + 1 if not group_inputs else group_inputs[0].shape[0]
-    if largest >= num_groups * group_size:
-        raise ValueError(
-            f"sequence_ids: want ids below num_groups * group_size = {num_groups * group_size}, got {largest}"
-        )
-    for i, tensor in enumerate(group_inputs):
-        if tensor.dim() == 0 or tensor.shape[0] != num_groups:
+    ends = HostCopy(torch.stack(sequence_ids.aminmax())) if N else None
+    if num_groups is not None:
+        groups = num_groups
+    elif group_inputs:
+        groups = group_inputs[0].shape[0]
+    else:
+        groups = max(-1, ends.read()[1]) // group_size + 1 if ends else 0
+
+    def verify() -> None:
+        smallest, largest = ends.read() if ends else (0, -1)
+        if smallest < 0:
+            raise ValueError(f"sequence_ids: want ids from 0 on, got {smallest}; mark rows to ignore in targets")
+        if largest >= groups * group_size:
             raise ValueError(
-                f"group_inputs[{i}]: want [{num_groups}, ...], one row per group, got {list(tensor.shape)}"
+                f"sequence_ids: want ids below num_groups * group_size = {groups * group_size}, got {largest}"
             )
+
+    if answers_at_once(sequence_ids.device):
+        verify()
+    for i, tensor in enumerate(group_inputs):
+        if tensor.dim() == 0 or tensor.shape[0] != groups:
+            raise ValueError(f"group_inputs[{i}]: want [{groups}, ...], one row per group, got {list(tensor.shape)}")
         if tensor.requires_grad:
             raise ValueError(f"group_inputs[{i}]: want a constant, got a tensor that requires grad; detach it")
-    return num_groups
+    return groups, verify
 
 
 def normalize(total: Tensor, normalizer: float | Tensor | None, num_groups: int) -> Tensor:
@@ -90,7 +101,8 @@ def sequence_loss(
 
     Returns: (loss [], SequenceStats [num_groups, group_size], detached).
     """
-    num_groups = check_groups(sequence_ids, logprobs.numel(), group_size, group_inputs, num_groups)
+    num_groups, verify = check_groups(sequence_ids, logprobs.numel(), group_size, group_inputs, num_groups)
+    verify()
     ids, order = sequence_ids.reshape(-1).sort(stable=True)
     lengths = run_lengths(ids, num_groups * group_size)
 

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from tspin_kernels._blocks import Gradients, Head, RowStats, Upstream, compute_gradients, compute_stats, rows_module
+from tspin_kernels._blocks import (
+    Gradients,
+    Head,
+    RowStats,
+    Upstream,
+    compute_gradients,
+    compute_stats,
+    form_gradient,
+    multiply_out,
+    rows_module,
+)
 from tspin_kernels._inputs import LogitTransform, accumulate_dtype, check_targets_in_range
 from tspin_kernels._plan import Blocks, plan_blocks
 from tspin_kernels._shards import find_shard
@@ -195,16 +205,14 @@ def _gradients(
             if gradient is not None:
                 gradient.zero_()
     else:
+        grads = Gradients(dhidden, dweight, dbias)
         if products.numel() > 0:
             store = products[:N] if in_place else products[:N].clone()
-            blocks = Blocks(N, head.V)
+            dlogits, unscale = form_gradient(head, store, counted, stats, upstream, wanted[0] or wanted[1])
+            multiply_out(head, hidden, index, dlogits, unscale, grads, fresh=new_weight_gradient)
         else:
-            store = None
             blocks = plan_blocks(head.sizes(N, hidden, index is not None, *dtypes), memory_budget)
-        grads = Gradients(dhidden, dweight, dbias)
-        compute_gradients(
-            head, hidden, index, counted, stats, upstream, blocks, grads, fresh=new_weight_gradient, store=store
-        )
+            compute_gradients(head, hidden, index, counted, stats, upstream, blocks, grads, fresh=new_weight_gradient)
         if head.shard is not None and dhidden is not None:
             head.shard.sum_(dhidden)
     dhidden = None if dhidden is None else dhidden.to(hidden.dtype)

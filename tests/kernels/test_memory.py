@@ -7,9 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from tspin_kernels import _rows_torch, _sequence_loss, _token_ops, linear_logprobs, linear_sequence_loss
+from tspin_kernels import _groups, _inputs, _rows_torch, _sequences, linear_logprobs, linear_sequence_loss
+from tspin_kernels._inputs import HostCopy
 
 from .oracle import least_budget, make_case
 from .preferences import tspin
@@ -103,25 +104,63 @@ def test_flops_without_gradient(fused, case, op, mode, budget):
         assert product_flops(lambda: call(**options)) == 2 * N * V * D
 
 
-# Operators whose result the host of a GPU has to wait for.
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::bincount", "aten::_unique2")
 
 
-@pytest.mark.parametrize("ignore_index, waits", [(None, (0, 3)), (-100, (2, 4))])
-def test_how_often_a_gpu_would_be_waited_for(monkeypatch, case, fused, op, ignore_index, waits):
-    """linear_logprobs: for the number of rows that count, in the forward and in the backward. The loss: for the range of the
-    ids, the rows that count, the lengths, and the rows that have a gradient."""
-    if fused.device != "cpu":
-        pytest.skip("counted on the CPU, where no wait hides behind another")
-    hidden, weight = leaves(case, "hidden", "weight")
-    lists, tolist = [], torch.Tensor.tolist
+def order_of_waits(monkeypatch, call) -> list[str]:
+    """Products, what the host of a GPU would have to wait for, and what it reads of copies, in the order in which they come."""
+
+    def named(name, function):
+        def wrapper(*args):
+            with record_function(name):
+                return function(*args)
+
+        return wrapper
+
     with monkeypatch.context() as patch:
-        for module in (_token_ops, _sequence_loss):
-            patch.setattr(module, "check_targets_in_range", lambda *_: None)  # which a GPU is not asked
-        patch.setattr(_rows_torch, "scale_", torch.Tensor.mul_)  # nor for the upstream scalar
-        patch.setattr(torch.Tensor, "tolist", lambda tensor: lists.append(tensor) or tolist(tensor))
-        events = profiled(lambda: op(fused, hidden, weight, case, ignore_index=ignore_index).backward()).events()
-    assert len(lists) + sum(event.name in WAITS for event in events) == waits[op is groups]
+        # As on a GPU: nothing is looked at early, and nobody asks for the upstream scalar.
+        for module in (_inputs, _groups, _sequences):
+            patch.setattr(module, "answers_at_once", lambda device: False)
+        patch.setattr(_rows_torch, "scale_", torch.Tensor.mul_)
+        patch.setattr(HostCopy, "read", named("read", lambda copy: copy._values.numpy().tolist()))
+        patch.setattr(torch.Tensor, "tolist", named("wait", torch.Tensor.tolist))
+        events = sorted(profiled(call).events(), key=lambda event: event.time_range.start)
+    names = {**dict.fromkeys(PRODUCTS, "product"), **dict.fromkeys(WAITS, "wait"), "wait": "wait", "read": "read"}
+    return [names[event.name] for event in events if event.name in names]
+
+
+@pytest.mark.parametrize("ignore_index", [None, -100])
+def test_a_gpu_is_not_waited_for_before_its_work_is_queued(monkeypatch, case, fused, op, ignore_index):
+    """But for the number of rows that count, in each pass, where some may not. The host asks which rows have a gradient when the
+    projection and dlogits are queued, and whether ids are in range when all is."""
+    if fused.device != "cpu":
+        pytest.skip("read off the order of operators, which is that of the CPU")
+    hidden, weight = leaves(case, "hidden", "weight")
+    options = {"ignore_index": ignore_index} | ({"num_groups": 2} if op is groups else {})
+    seen = order_of_waits(monkeypatch, lambda: op(fused, hidden, weight, case, **options).backward())
+    counts = [] if ignore_index is None else ["wait"]
+    if op is groups:
+        assert seen == [*counts, "product", "read", "product", "product", "read"]
+    else:
+        assert seen == [*counts, "product", *counts, "product", "product"]
+
+
+def test_ids_out_of_range_are_named_when_the_work_is_queued(monkeypatch, case, fused):
+    """And nothing is read or written where they point."""
+    hidden, weight = leaves(case, "hidden", "weight")
+    for module in (_inputs, _groups, _sequences):
+        monkeypatch.setattr(module, "answers_at_once", lambda device: False)
+    ids = torch.arange(N, device=fused.device) * 6 // N
+    options = {"group_size": 3, "num_groups": 2, "backend": fused.backend}
+    for wrong in (-1, 6, 2**40):
+        bad = ids.clone()
+        bad[3] = wrong
+        with pytest.raises(ValueError, match=rf"sequence_ids: want ids .* got {wrong}"):
+            linear_sequence_loss(hidden, weight, case.targets, bad, tspin, **options)
+        rows = torch.arange(N, device=fused.device)
+        rows[3] = wrong * 2
+        with pytest.raises(ValueError, match=rf"rows: want indices in \[0, {N}\), got .*{wrong * 2}"):
+            linear_sequence_loss(hidden, weight, case.targets, ids, tspin, rows=rows, **options)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
