@@ -2,11 +2,11 @@
 # On a machine with a GPU: the kernels' correctness suite, the row kernels alone, then the benchmark; all results in one folder of
 # at most 8 files.
 #   COMMIT=<what rows call the code> PEERS=<folder> benchmarks/device.sh FOLDER SECONDS [arguments of the benchmark]
-# WHAT=training measures training steps and the longest context in place of the ops. TESTS names other tests, 0 leaves them out;
-# they run in WORKERS processes. PEERS holds the peers' packages unpacked, as pack_peers.sh packs them.
-# For training they are TRL and what it imports, and a plain folder will do:
-#   pip install --no-deps --target .peers trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19
-# A third of its time is for steps, the rest for the searches: 24 GiB first, the whole GPU after; what has no time left is a lower bound.
+# The ops: QuACK, TRL and Liger on all shapes first, then peaked data, then every peer on one shape, whose tuning and compiling takes
+# longest. WHAT=training measures training steps and the longest context in place of the ops, and predicted memory beside the GPU's count:
+# a fifth of the time for steps, the rest for the searches, 24 GiB first, the whole GPU after; what has no time left is a lower bound.
+# TESTS names other tests, 0 leaves them out; they run in WORKERS processes. PEERS holds the peers' packages unpacked, as pack_peers.sh
+# packs them. An H200 with 16 cores took 110 s for the tests, 2 minutes for four shapes, 35 s to start.
 # Exits with 1 where a test failed or ours could not be measured.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -28,14 +28,23 @@ fi
 commit=(${COMMIT:+--commit "$COMMIT"})
 if [ "${WHAT:-logprobs}" = training ]; then
     left=$((seconds - (SECONDS - start)))
-    third=$((left / 3))
-    python3 -m benchmarks train_step --seconds "$third" --out "$out" "${commit[@]}" "$@" > "$out/table.txt" 2> "$out/errors.txt" || status=1
+    python3 -m benchmarks prediction --out "$out" "${commit[@]}" > "$out/table.txt" 2> "$out/errors.txt" || status=1
+    python3 -m benchmarks train_step --seconds $((left / 5)) --out "$out" "${commit[@]}" "$@" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
     left=$((seconds - (SECONDS - start) - 20))
     python3 -m benchmarks memory --seconds "$left" --out "$out" "${commit[@]}" "$@" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
 else
     python3 -m benchmarks row_kernels --shape "${SHAPE:-8192x151936}" --seconds $((seconds / 20)) --out "$out" "${commit[@]}" > "$out/table.txt" 2> "$out/errors.txt" || status=1
     left=$((seconds - (SECONDS - start) - 15))
-    python3 -m benchmarks logprobs --seconds "$left" --out "$out" "${commit[@]}" "$@" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
+    logprobs() { # part of the time, in tenths, and arguments
+        python3 -m benchmarks logprobs --seconds $((left * $1 / 10)) --out "$out" "${commit[@]}" "${@:2}" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
+    }
+    if [ $# -gt 0 ]; then
+        logprobs 10 "$@"
+    else
+        logprobs 5 --cases goals --data random --peers quack,trl,liger_flsce
+        logprobs 2 --cases n8192-d4096-v151936 --data peaked --peers quack
+        logprobs 3 --cases n4096-d4096-v128256 --data random --peers all
+    fi
 fi
 tail -n 5 "$out/errors.txt"
 python3 -m benchmarks plots "$out" > /dev/null || status=1

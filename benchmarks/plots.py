@@ -30,37 +30,58 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def _draw_training(rows: Sequence[Row], folder: Path) -> list[Path]:
-    # Peak of `memory` and time of `train_step` against the tokens of a triplet, a figure for each device, model and method.
+    # `memory`'s peak against the tokens of a triplet, `train_step`'s time over naive's; for each device, model and method a figure.
     import matplotlib.pyplot as plt
 
-    kinds = {"memory": "peak_gib", "train_step": "ms"}
-    drawn = [row for row in rows if row["benchmark"] in kinds and row["prompt"] and row.get("longest") is None]
+    peaks = [row for row in rows if row["benchmark"] == "memory" and row.get("longest") is None and row.get("peak_gib")]
+    steps = [row for row in rows if row["benchmark"] == "train_step" and row["ms"]]
     paths = []
-    for device, model, method in dict.fromkeys((row["device"], row["model"], row["method"]) for row in drawn):
-        mine = [row for row in drawn if (row["device"], row["model"], row["method"]) == (device, model, method)]
-        ratios = sorted({row["prompt_per_response"] for row in mine}, reverse=True)
-        figure, panels = plt.subplots(
-            2, len(ratios), figsize=(5.5 * len(ratios), 7.5), layout="constrained", squeeze=False
+    for cell in dict.fromkeys((row["device"], row["model"], row["method"]) for row in [*peaks, *steps]):
+        mine, timed = (
+            [row for row in found if (row["device"], row["model"], row["method"]) == cell] for found in (peaks, steps)
         )
-        for column, ratio in enumerate(ratios):
-            for panel, (benchmark, field) in zip(panels[:, column], kinds.items(), strict=True):
-                lines: dict[str, dict[int, float]] = {}
-                for row in mine:
-                    if row["benchmark"] == benchmark and row["prompt_per_response"] == ratio and row[field]:
-                        lines.setdefault(row["implementation"], {})[row["tokens"]] = row[field]
-                for number, (name, points) in enumerate(lines.items()):
-                    style = {"color": _COLOURS[number % 8], "marker": _MARKERS[number % 8], "label": name}
-                    panel.plot(sorted(points), [points[at] for at in sorted(points)], **style)
-                unit = {"memory": "peak of a step, GiB", "train_step": "step, ms"}[benchmark]
-                panel.set(xlabel="tokens of a triplet", ylabel=unit, title=f"prompt : response = {ratio:g} : 1")
-                panel.grid(alpha=0.3)
-                panel.set_visible(bool(lines))
-                if lines:
-                    panel.legend(fontsize=8)
-        figure.suptitle(f"{model}, {method} | {device}", fontsize=10)
-        stem = "cpu" if "threads" in device else device.lower().replace(" ", "-")
-        paths.append(_save(figure, folder / f"{stem}-{model}-{method}.png"))
+        styles = {
+            name: number for number, name in enumerate(dict.fromkeys(r["implementation"] for r in [*mine, *timed]))
+        }
+        ratios = sorted({row["prompt_per_response"] for row in mine}, reverse=True)
+        across = len(ratios) + bool(timed)
+        figure, panels = plt.subplots(1, across, figsize=(5.5 * across, 4.2), layout="constrained", squeeze=False)
+        for panel, ratio in zip(panels.flat, ratios, strict=False):
+            lines: dict[str, dict[int, float]] = {}
+            for row in mine:
+                if row["prompt_per_response"] == ratio:
+                    lines.setdefault(row["implementation"], {})[row["tokens"]] = row["peak_gib"]
+            for name, points in lines.items():
+                style = {"color": _COLOURS[styles[name] % 8], "marker": _MARKERS[styles[name] % 8], "label": name}
+                panel.plot(sorted(points), [points[at] for at in sorted(points)], **style)
+            title = f"prompt : response = {ratio:g} : 1"
+            panel.set(xlabel="tokens of a triplet", ylabel="peak of a step, GiB", title=title)
+            panel.grid(alpha=0.3)
+            panel.legend(fontsize=8)
+        if timed:
+            _draw_steps(panels.flat[-1], timed, styles)
+        figure.suptitle(f"{cell[1]}, {cell[2]} | {cell[0]}", fontsize=10)
+        stem = "cpu" if "threads" in cell[0] else cell[0].lower().replace(" ", "-")
+        paths.append(_save(figure, folder / f"{stem}-{cell[1]}-{cell[2]}.png"))
     return paths
+
+
+def _draw_steps(panel: Any, rows: Sequence[Row], styles: dict[str, int]) -> None:
+    # Bars of each length's implementations, as long as their time over naive's, with the milliseconds beside them.
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(f"{row['prompt']} + 3 x {row['response']}", {})[row["implementation"]] = row
+    height = 0.8 / len(styles)
+    for at, by_name in enumerate(found.values()):
+        naive = by_name.get("naive", {}).get("ms")
+        for name, row in by_name.items():
+            y, over = at + (styles[name] - (len(styles) - 1) / 2) * height, row["ms"] / naive if naive else 1.0
+            panel.barh(y, over, height, color=_COLOURS[styles[name] % 8], label=name if at == 0 else None)
+            panel.text(over, y, f" {row['ms']:.0f} ms", va="center", fontsize=7)
+    panel.set_yticks(range(len(found)), list(found), fontsize=8)
+    panel.invert_yaxis()
+    panel.set(xlabel="time over naive's", title="one step", xlim=(0, 1.15 * max(panel.get_xlim()[1], 1.0)))
+    panel.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _sweep(rows: Sequence[Row], axis: str) -> list[Row]:

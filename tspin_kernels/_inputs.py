@@ -85,7 +85,7 @@ class HostCopy:
     """Values on their way from a device to the host, which waits for them when it reads them and not for what is queued after."""
 
     def __init__(self, values: Tensor):
-        self._values = values.to("cpu", non_blocking=True)
+        self._values = values.to("cpu", non_blocking=values.is_cuda)
         self._copied = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
 
     def read(self) -> Any:
