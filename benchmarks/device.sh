@@ -6,7 +6,7 @@
 # longest. WHAT=training measures training steps and the longest context in place of the ops, and predicted memory beside the GPU's count:
 # a fifth of the time for steps, the rest for the searches, 24 GiB first, the whole GPU after; what has no time left is a lower bound.
 # TESTS names other tests, 0 leaves them out; they run in WORKERS processes. PEERS holds the peers' packages unpacked, as pack_peers.sh
-# packs them. An H200 with 16 cores took 110 s for the tests, 2 minutes for four shapes, 35 s to start.
+# packs them. An H200 with 16 cores took 107 s for the tests, beside other work.
 # Exits with 1 where a test failed or ours could not be measured.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -105,7 +105,7 @@ def linear_sequence_loss(
         loss_fn: `loss_fn(sequences, *group_inputs) -> [g]`, called on blocks of g whole groups under autograd. `sequences` is a
             SequenceStats of [g, group_size]. Groups must be independent. Tensors captured by the closure are constants.
         group_inputs: tensors [num_groups, ...] sliced along with the groups: reference log-probs, weights. Constants.
-        num_groups: by default the length of the first group input, else what `sequence_ids` reaches.
+        num_groups: by default the length of the first group input, else what `sequence_ids` reaches, for which a GPU is waited for.
         normalizer: what the sum of the losses is divided by, the number of groups by default; a number or a tensor [].
         rows: [N] int64 into the flattened hidden, by default its rows in order; repeats are allowed, so that one hidden row can
             predict the first token of several responses.
@@ -129,7 +129,7 @@ def linear_sequence_loss(
 
     Raises:
         ValueError: wrong shapes, dtypes, devices, constants; a loss of the wrong shape, or one that captures a tensor that
-            requires grad; a budget too small for one block.
+            requires grad; a budget too small for one block; ids or rows out of range, told by a GPU once its work is queued.
     """
     transform = LogitTransform(float(logit_scale), softcap, float(temperature))
     check_inputs(hidden, weight, targets, bias, transform, entropy)
