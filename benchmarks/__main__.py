@@ -1,4 +1,7 @@
-"""The benchmarks: `python -m benchmarks logprobs | row_kernels | train_step | memory | prediction | plots | table | summary`."""
+"""The benchmarks: `python -m benchmarks NAME`, where NAME is one of
+
+logprobs, row_kernels, attention, train_step, memory, prediction; and of their rows: plots, table, summary.
+"""
 
 import argparse
 import os
@@ -10,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import logprobs, long_context, measure, plots, prediction, row_kernels, tables, training
+from benchmarks import attention, logprobs, long_context, measure, plots, prediction, row_kernels, tables, training
 from benchmarks.workloads import select_cases
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     kernels = commands.add_parser("row_kernels", help="time the Triton row kernels at each launch configuration")
     kernels.add_argument("--shape", default="8192x151936", help="rows x columns of the logits")
     _add_common(kernels, 60)
+    _add_common(commands.add_parser("attention", help="ways to attend to a prompt that responses share"), 30)
     step = _add_training(commands, "train_step", "time and peak memory of a training step on one triplet")
     step.add_argument("--lengths", help="PROMPTxRESPONSE, separated by commas")
     longest = _add_training(commands, "memory", "the longest triplet that fits, and the peak against length")
@@ -52,6 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _logprobs(options, given)
     if options.command == "row_kernels":
         return _row_kernels(options)
+    if options.command == "attention":
+        device = torch.device(options.device)
+        rows = attention.run(device, options.seconds, _rows_path(options.out, device), options.commit)
+        print(attention.table(rows))
+        return int(any(row["missing"] for row in rows))
     if options.command == "prediction":
         device = torch.device(options.device)
         rows = prediction.run(device, _rows_path(options.out, device), options.commit)

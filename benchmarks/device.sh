@@ -28,7 +28,8 @@ fi
 commit=(${COMMIT:+--commit "$COMMIT"})
 if [ "${WHAT:-logprobs}" = training ]; then
     left=$((seconds - (SECONDS - start)))
-    python3 -m benchmarks prediction --out "$out" "${commit[@]}" > "$out/table.txt" 2> "$out/errors.txt" || status=1
+    python3 -m benchmarks attention --seconds $((left / 15)) --out "$out" "${commit[@]}" > "$out/table.txt" 2> "$out/errors.txt" || status=1
+    python3 -m benchmarks prediction --out "$out" "${commit[@]}" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
     python3 -m benchmarks train_step --seconds $((left / 5)) --out "$out" "${commit[@]}" "$@" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
     left=$((seconds - (SECONDS - start) - 20))
     python3 -m benchmarks memory --seconds "$left" --out "$out" "${commit[@]}" "$@" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
