@@ -1,8 +1,8 @@
 """Attention of one layer over a triplet with one prompt, forward and backward: what to call on a GPU.
 
 `separate`: PyTorch's own choice of kernel on three rows. `cascade`: what tspin.prefix calls, each part with itself and responses
-with the prompt, merged. `copied`: one call of the varlen kernel, the prompt's keys and values copied for each response. `split`: the
-prompt by PyTorch's choice, responses as in `copied`. All are compared with float64 before they are timed.
+with the prompt, merged. `copied`: one call of the varlen kernel, the prompt's keys and values copied for each response. `split`:
+the prompt by PyTorch's choice, responses as in `copied`. All are compared with float64 before they are timed.
 
 P prompt tokens, L of each of G responses, T = P + G L; H query heads, H_kv key heads of width d.
 """
