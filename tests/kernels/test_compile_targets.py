@@ -51,22 +51,22 @@ def test_kernels_compile_without_spills(target):
 def test_a_logit_costs_one_exponential_and_little_else():
     """On Hopper some 15 instructions a logit keep pace with the memory that it is read from; threads meet outside the loop."""
     found = compiled("sm_90", "sass")
-    logits = 4096 // 256  # of a thread, in each turn
+    logits = 4096 // 128  # of a thread, in each turn
     for name, lines in found.items():
         count = {
             kind: sum(kind in text for _, text in lines) for kind in ("MUFU.EX2", "MUFU.RCP", "LDG.E.128", "STG.E.128")
         }
         if name.startswith("_scale"):
             continue
-        assert count["MUFU.EX2"] <= logits + 8 and count["MUFU.RCP"] <= 1, (name, count)
-        assert count["LDG.E.128"] == 2, (name, count)
+        assert count["MUFU.EX2"] <= logits + 10 and count["MUFU.RCP"] <= 1, (name, count)
+        assert count["LDG.E.128"] == logits / 8, (name, count)
         if name.startswith("_dlogits"):
-            assert count["STG.E.128"] == 2 and len(lines) < 24 * logits, (name, count, len(lines))
+            assert count["STG.E.128"] == logits / 8 and len(lines) < 24 * logits, (name, count, len(lines))
             continue
         jumps = [(at, int(text.split("0x")[-1], 16)) for at, text in lines if "BRA 0x" in text]
         ((end, start),) = [(int(at, 16), to) for at, to in jumps if to < int(at, 16) - 16]
         loop = [text for at, text in lines if start <= int(at, 16) <= end]
-        assert len(loop) <= 13 * logits, (name, len(loop) / logits)
+        assert len(loop) <= 12 * logits, (name, len(loop) / logits)
         assert not [text for text in loop if "BAR" in text or "SHFL" in text], name
 
 

@@ -129,6 +129,9 @@ def test_a_run_that_shares_prompts_is_the_run_of_separate_rows_and_saves_no_trac
     shared, apart = (outcome(directory) for directory in directories.values())
     for t, entries in apart["metrics"].items():
         for entry, other in zip(entries, shared["metrics"][t], strict=True):
+            if abs(entry["rewards/margins"]) < 1e-4:
+                # The policy is its own reference yet: whose reward is higher is a matter of rounding.
+                entry, other = ({k: v for k, v in log.items() if k != "rewards/accuracies"} for log in (entry, other))
             assert other == pytest.approx(entry, rel=1e-3, abs=1e-4)
     configs = [name for name in apart["files"] if name.endswith("/config.json")]
     assert len(configs) == 2 and all(shared["files"][name] == apart["files"][name] for name in configs)
