@@ -32,7 +32,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from tspin.model import vocabulary_size
+from tspin.model import fitting, vocabulary_size
 from tspin.storage import read_shard, remove_partial, shard_request, write_shard
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ def sample_responses(
 
     Raises:
         ValueError: an argument is out of range, a row comes twice, a prompt is empty, or the logits are NaN.
+        BatchTooLargeError: a batch does not fit the GPU.
     """
     from tspin.data import stop_token_ids
 
@@ -219,7 +220,8 @@ def sample_responses(
             uniforms = torch.stack([row_uniforms(seed, examples[i].row, max_new_tokens) for i in batch])
             prompts = [examples[i].prompt_ids for i in batch]
             try:
-                decoded = _decode_batch(model, prompts, uniforms.to(model.device), stops, pad_id, sampling)
+                with fitting(len(batch), "decoding", "generation_batch_size"):
+                    decoded = _decode_batch(model, prompts, uniforms.to(model.device), stops, pad_id, sampling)
             except IndexError as error:
                 raise ValueError(
                     f"max_new_tokens: want room in the model's positions, got {max_new_tokens} behind a prompt of "

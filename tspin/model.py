@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, cast
@@ -160,6 +161,22 @@ def disable_dropout(model: nn.Module) -> None:
                 changed.add(f"{type(holder).__name__}.{name}")
     if changed:
         logger.info("dropout set to 0 in %s: log-probs must be those of the policy", ", ".join(sorted(changed)))
+
+
+class BatchTooLargeError(ValueError, torch.OutOfMemoryError):
+    """A batch without a gradient did not fit the GPU; the message says which key makes it smaller. What is finished is kept."""
+
+
+@contextmanager
+def fitting(rows: int, what: str, keys: str) -> Iterator[None]:
+    """BatchTooLargeError where the device has no room for `rows` rows at once."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BatchTooLargeError(
+            f"{keys}: want batches that fit the GPU, got no memory for {what} {rows} rows at once; lower it and go on with "
+            "allow_config_change: true"
+        ) from error
 
 
 @dataclass(frozen=True)

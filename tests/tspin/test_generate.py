@@ -15,8 +15,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from tspin import generate
-from tspin.data import Example
+from tspin import generate, scoring
+from tspin.data import Example, TripletCollator
 from tspin.generate import generate_responses, next_tokens, read_generations, row_seed, row_uniforms, sample_responses
 
 SMALL = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
@@ -66,6 +66,21 @@ def sample(model, rows, **options):
 def chi_square(counts, probabilities):
     expected = probabilities * counts.sum()
     return float(((counts - expected) ** 2 / expected).sum())
+
+
+def test_a_batch_that_does_not_fit_names_its_key(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(generate, "_decode_batch", full)
+    wanted = "generation_batch_size: want batches that fit the GPU, got no memory for decoding 3 rows at once; lower it"
+    with pytest.raises(ValueError, match=wanted):
+        sample_responses(toy_model(), toy_tokenizer(), examples(), seed=0, max_new_tokens=2, batch_size=3)
+    monkeypatch.setattr(scoring, "score_batch", full)
+    row = {"prompt_ids": [5], "chosen_ids": [6, 2]}
+    collator = TripletCollator(pad_token_id=0, members=("chosen",))
+    with pytest.raises(ValueError, match=r"per_device_eval_batch_size: want batches .* scoring 8 rows"):
+        scoring.score_references(toy_model(), [row], collator)
 
 
 def test_next_tokens_follow_the_softmax():
