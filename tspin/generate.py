@@ -32,7 +32,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from tspin.model import fitting, vocabulary_size
+from tspin.model import naming_out_of_memory, vocabulary_size
 from tspin.storage import read_shard, remove_partial, shard_request, write_shard
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def sample_responses(
             uniforms = torch.stack([row_uniforms(seed, examples[i].row, max_new_tokens) for i in batch])
             prompts = [examples[i].prompt_ids for i in batch]
             try:
-                with fitting(len(batch), "decoding", "generation_batch_size"):
+                with naming_out_of_memory(len(batch), "decoding", "generation_batch_size"):
                     decoded = _decode_batch(model, prompts, uniforms.to(model.device), stops, pad_id, sampling)
             except IndexError as error:
                 raise ValueError(

@@ -168,7 +168,7 @@ class BatchTooLargeError(ValueError, torch.OutOfMemoryError):
 
 
 @contextmanager
-def fitting(rows: int, what: str, keys: str) -> Iterator[None]:
+def naming_out_of_memory(rows: int, what: str, keys: str) -> Iterator[None]:
     """BatchTooLargeError where the device has no room for `rows` rows at once."""
     try:
         yield

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tspin.data import TripletCollator
-from tspin.model import causal_lm, fitting, install_scoring, probe_head, score_batch
+from tspin.model import causal_lm, install_scoring, naming_out_of_memory, probe_head, score_batch
 from tspin.prefix import refusal, share_prompts
 from tspin.sequential import one_by_one
 
@@ -168,7 +168,9 @@ def score_references(
         with share_prompts(causal_lm(model)) if prefix_sharing else nullcontext():
             for start in tqdm(range(0, len(dataset), batch_size), desc=desc, disable=None):
                 loss_fn = lambda s: s.logprobs[:, 0]
-                with fitting(batch_size, "scoring", "per_device_train_batch_size or per_device_eval_batch_size"):
+                with naming_out_of_memory(
+                    batch_size, "scoring", "per_device_train_batch_size or per_device_eval_batch_size"
+                ):
                     _, sequences = score_batch(model, batch_at(start), loss_fn, entropy=False, **request)
                 for column, values in zip(columns.values(), sequences.logprobs.T.tolist(), strict=True):
                     column.extend(values)
