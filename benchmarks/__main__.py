@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     kernels.add_argument("--shape", default="8192x151936", help="rows x columns of the logits")
     _add_common(kernels, 60)
     _add_common(commands.add_parser("attention", help="ways to attend to a prompt that responses share"), 30)
-    step = _add_training(commands, "train_step", "time and peak memory of a training step on one triplet")
-    step.add_argument("--lengths", help="PROMPTxRESPONSE, separated by commas")
+    step = _add_training(commands, "train_step", "time and peak memory of a training step")
+    step.add_argument("--lengths", help="PROMPTxRESPONSE or PROMPTxRESPONSExTRIPLETS, separated by commas")
     longest = _add_training(commands, "memory", "the longest triplet that fits, and the peak against length")
     longest.add_argument("--ratios", default="8,1", help="tokens of the prompt by tokens of each response")
     longest.add_argument("--caps", help="GiB, or none for the whole GPU, separated by commas")
@@ -118,8 +118,9 @@ def _training(options: argparse.Namespace) -> int:
     common = {"device": device, "out": _rows_path(options.out, device), "commit": options.commit}
     common["seconds"] = options.seconds
     if options.command == "train_step":
-        texts = (options.lengths or ("16384x512,512x512" if gpu else "1024x256,1024x128,256x256")).split(",")
-        lengths = [(int(prompt), int(response)) for prompt, response in (text.split("x") for text in texts)]
+        usual = "16384x512,512x512,512x512x8" if gpu else "1024x256,1024x128,256x256"
+        texts = [f"{text}x1" for text in (options.lengths or usual).split(",")]
+        lengths = [tuple(int(size) for size in text.split("x")[:3]) for text in texts]
         rows = long_context.train_step(pairs, lengths, **common)
     else:
         caps = [

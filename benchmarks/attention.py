@@ -1,8 +1,9 @@
-"""Attention of one layer over a triplet with one prompt, forward and backward: what to call on a GPU.
+"""Attention of one layer over a triplet with one prompt, forward and backward: which calls are fastest on a GPU.
 
-`separate`: PyTorch's own choice of kernel on three rows. `cascade`: what tspin.prefix calls, each part with itself and responses
-with the prompt, merged. `copied`: one call of the varlen kernel, the prompt's keys and values copied for each response. `split`:
-the prompt by PyTorch's choice, responses as in `copied`. All are compared with float64 before they are timed.
+`separate`: PyTorch's own choice of kernel on three rows. The others are plans of tspin.attention: `merged` has all responses attend
+to the prompt in a call of their own and merges it with what each part makes of itself; `copied` is one call, the prompt's keys and
+values copied for each response; `apart` is `copied`, but the prompt attends to itself by PyTorch's choice of kernel. All are
+compared with float64 before they are timed.
 
 P prompt tokens, L of each of G responses, T = P + G L; H query heads, H_kv key heads of width d.
 """
@@ -10,7 +11,6 @@ P prompt tokens, L of each of G responses, T = P + G L; H query heads, H_kv key 
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import measure
-from tspin.cascade import cascade_attention
+from tspin.attention import attend, plan_calls
 from tspin.prefix import PrefixLayout
 
 G = 3
@@ -40,43 +40,17 @@ def _as_rows(x: Tensor, P: int) -> Tensor:
     return torch.cat([prompt.expand(G, -1, -1, -1), responses], 2)
 
 
-def cascade(q: Tensor, k: Tensor, v: Tensor, P: int) -> Tensor:
+def _by_plan(copies: bool, long: int | None, q: Tensor, k: Tensor, v: Tensor, P: int) -> Tensor:
     layout = PrefixLayout(((P, ((q.shape[2] - P) // G,) * G),))
-    return cascade_attention(q, k, v, layout, q.shape[-1] ** -0.5)[0]
+    return attend(q, k, v, plan_calls(layout, None, copies, long), q.shape[-1] ** -0.5)[0]
 
 
-def copied(q: Tensor, k: Tensor, v: Tensor, P: int) -> Tensor:
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-    L = (q.shape[0] - P) // G
-    return varlen(q, _with_copies(k, P, L, True), _with_copies(v, P, L, True), [P, *[L] * G], [P, *[P + L] * G])
-
-
-def split(q: Tensor, k: Tensor, v: Tensor, P: int) -> Tensor:
-    prompt = F.scaled_dot_product_attention(*(x[:, :, :P] for x in (q, k, v)), is_causal=True, enable_gqa=True)
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-    L = (q.shape[0] - P) // G
-    responses = varlen(q[P:], _with_copies(k, P, L, False), _with_copies(v, P, L, False), [L] * G, [P + L] * G)
-    return torch.cat([prompt[0].transpose(0, 1), responses])
-
-
-def _with_copies(x: Tensor, P: int, L: int, with_prompt: bool) -> Tensor:
-    prompt, *responses = x.split([P, *[L] * G])
-    return torch.cat([*[prompt] * with_prompt, *(part for response in responses for part in (prompt, response))])
-
-
-def varlen(q: Tensor, k: Tensor, v: Tensor, query_sizes: list[int], key_sizes: list[int]) -> Tensor:
-    """Causal attention of runs of q [Tq, H, d] to runs of k and v [Tk, H_kv, d], the last query of a run at its last key."""
-    ends = [
-        torch.tensor([*accumulate(sizes, initial=0)], dtype=torch.int32, device=q.device)
-        for sizes in (query_sizes, key_sizes)
-    ]
-    longest = max(query_sizes), max(key_sizes)
-    return torch.ops.aten._flash_attention_forward(
-        q, k, v, *ends, *longest, 0.0, True, False, scale=q.shape[-1] ** -0.5
-    )[0]
-
-
-IMPLEMENTATIONS: dict[str, Attention] = {"separate": separate, "cascade": cascade, "copied": copied, "split": split}
+IMPLEMENTATIONS: dict[str, Attention] = {
+    "separate": separate,
+    "merged": partial(_by_plan, False, None),
+    "copied": partial(_by_plan, True, None),
+    "apart": partial(_by_plan, True, 0),
+}
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, P: int) -> Tensor:

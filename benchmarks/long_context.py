@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import measure
-from benchmarks.training import IMPLEMENTATIONS, MEMBERS, Arms, make_triplet
+from benchmarks.training import IMPLEMENTATIONS, MEMBERS, Arms, make_triplets
 
 FIELDS = (
     *("benchmark", "device", "model", "implementation", "method", "cap_gib", "prompt_per_response"),
-    *("prompt", "response", "tokens", "longest", "ms", "ms_p20", "ms_p80", "rounds"),
+    *("prompt", "response", "triplets", "tokens", "longest", "ms", "ms_p20", "ms_p80", "rounds"),
     *("peak_gib", "above_gib", "refused", "missing"),
     *("torch", "triton", "transformers", "trl", "commit", "time"),
 )
@@ -40,12 +40,12 @@ def _common(benchmark: str, device: torch.device, commit: str | None, **values: 
     return row | values
 
 
-def _lengths(prompt: int, response: int) -> dict[str, Any]:
-    tokens = prompt + MEMBERS * response
+def _lengths(prompt: int, response: int, triplets: int = 1) -> dict[str, Any]:
     return {
         "prompt": prompt,
         "response": response,
-        "tokens": tokens,
+        "triplets": triplets,
+        "tokens": prompt + MEMBERS * response,
         "prompt_per_response": round(prompt / response, 3),
     }
 
@@ -59,7 +59,7 @@ def _sizes(arms: Arms, peak: int | None) -> dict[str, Any]:
 
 def _warm(arms: Arms) -> None:
     # So that optimizer states are there.
-    arms.step("tspin", make_triplet(*_GATE, arms.vocab, arms.device))
+    arms.step("tspin", make_triplets(*_GATE, arms.vocab, arms.device))
 
 
 def _set_cap(device: torch.device, cap_gib: float | None) -> None:
@@ -70,31 +70,34 @@ def _set_cap(device: torch.device, cap_gib: float | None) -> None:
 
 def train_step(
     cells: list[tuple[str, str]],
-    lengths: list[tuple[int, int]],
+    lengths: list[tuple[int, int, int]],
     *,
     device: torch.device,
     seconds: float,
     out: Path,
     commit: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Time and peak of a step of each (model, method) at (prompt, response) lengths. Rows are appended to `out` and returned."""
+    """Time and peak of a step of each (model, method) at each of `lengths`. Rows are appended to `out` and returned.
+
+    lengths: tokens of a prompt, tokens of a response, triplets of a step.
+    """
     deadline, rows = time.monotonic() + seconds, []
     for number, (model, method) in enumerate(cells):
         arms = Arms(model, method, device)
-        refused = arms.gate(make_triplet(*_GATE, arms.vocab, device))
+        refused = arms.gate(make_triplets(*_GATE, arms.vocab, device, 2))
         _warm(arms)
-        for at, (prompt, response) in enumerate(lengths):
+        for at, (prompt, response, count) in enumerate(lengths):
             left = (len(cells) - number) * len(lengths) - at
             until = time.monotonic() + max(0.0, deadline - time.monotonic()) / left
-            triplet, found = make_triplet(prompt, response, arms.vocab, device), {}
+            triplets, found = make_triplets(prompt, response, arms.vocab, device, count), {}
             for name in IMPLEMENTATIONS:
                 row = _common("train_step", device, commit, model=model, method=method, implementation=name)
-                found[name] = row | _lengths(prompt, response) | {"refused": refused.get(name)}
+                found[name] = row | _lengths(prompt, response, count) | {"refused": refused.get(name)}
                 if name not in refused:
-                    peak = arms.peak(name, triplet)
+                    peak = arms.peak(name, triplets)
                     found[name] |= {"missing": peak} if isinstance(peak, str) else _sizes(arms, peak[0])
             able = [name for name, row in found.items() if not row["refused"] and not row["missing"]]
-            calls = {name: partial(arms.step, name, triplet) for name in able}
+            calls = {name: partial(arms.step, name, triplets) for name in able}
             times, failed = measure.timed_rounds(calls, device, max(0.0, until - time.monotonic()))
             for name, row in found.items():
                 row |= times[name]._asdict() if name in times else {"missing": failed.get(name, row["missing"])}  # type: ignore
@@ -127,7 +130,7 @@ def memory(
     deadline, rows = time.monotonic() + seconds, []
     for number, (model, method) in enumerate(cells):
         arms = Arms(model, method, device)
-        refused = arms.gate(make_triplet(*_GATE, arms.vocab, device))
+        refused = arms.gate(make_triplets(*_GATE, arms.vocab, device, 2))
         _warm(arms)
         searches = [(cap, ratio, name) for cap in caps for ratio in ratios for name in implementations]
         for at, (cap, ratio, name) in enumerate(searches):
@@ -172,7 +175,7 @@ def _search(
             if prompt < _WORTH_IT * (fitted[-1].prompt if fitted else _LEAST):
                 break
         begun, response = time.monotonic(), max(1, round(prompt / ratio))
-        peak = arms.peak(name, make_triplet(prompt, response, arms.vocab, arms.device))
+        peak = arms.peak(name, make_triplets(prompt, response, arms.vocab, arms.device))
         if isinstance(peak, str):
             if peak != "out of memory":
                 cut = peak

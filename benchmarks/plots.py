@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import BARE, Row, fullest_runs, label, workload_name
+from benchmarks.tables import BARE, Row, fullest_runs, label, step_name, workload_name
 from benchmarks.workloads import CASES
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; each has its own marker and hatch besides.
@@ -70,7 +70,7 @@ def _draw_steps(panel: Any, rows: Sequence[Row], styles: dict[str, int]) -> None
     # Bars of each length's implementations, as long as their time over naive's, with the milliseconds beside them.
     found: dict[str, dict[str, Row]] = {}
     for row in rows:
-        found.setdefault(f"{row['prompt']} + 3 x {row['response']}", {})[row["implementation"]] = row
+        found.setdefault(step_name(row), {})[row["implementation"]] = row
     height = 0.8 / len(styles)
     for at, by_name in enumerate(found.values()):
         naive = by_name.get("naive", {}).get("ms")

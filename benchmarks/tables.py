@@ -129,7 +129,7 @@ def training_table(rows: Iterable[Row]) -> str:
     lines, cells = [], {}
     for row in rows:
         if row["benchmark"] == "train_step" or (row["benchmark"] == "memory" and row["longest"] is not None):
-            lengths = f"{row['prompt']} + 3 x {row['response']}" if row["benchmark"] == "train_step" else None
+            lengths = step_name(row) if row["benchmark"] == "train_step" else None
             cap = "" if row["benchmark"] == "train_step" else f"cap {row['cap_gib'] or 'none'}"
             key = (
                 row["benchmark"],
@@ -150,6 +150,12 @@ def training_table(rows: Iterable[Row]) -> str:
             why = row.get("refused") or row.get("missing") or ""
             lines.append(f"  {name:16}" + "".join(parts) + f"  {why}".rstrip())
     return "\n".join(lines)
+
+
+def step_name(row: Row) -> str:
+    """The tokens of a step: `512 + 3 x 512`, and how often where it has several triplets."""
+    one, count = f"{row['prompt']} + 3 x {row['response']}", row.get("triplets", 1)
+    return one if count == 1 else f"{count} x ({one})"
 
 
 def _against(row: Row, naive: Row, field: str) -> str:

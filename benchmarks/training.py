@@ -1,9 +1,9 @@
-"""One optimizer step on one triplet, done as several implementations do it: what `memory` and `train_step` measure.
+"""One optimizer step on one triplet or several, done as several implementations do it: what `memory` and `train_step` measure.
 
 All share the model, its weights, gradient checkpointing and the optimizer; they differ in how rows and the output head are handled.
 The gate runs them without the optimizer: losses and gradient norms must agree before anything is measured.
 
-P prompt tokens, L of each of the three responses.
+n triplets; P prompt tokens, L of each of the three responses.
 """
 
 import gc
@@ -55,92 +55,95 @@ _SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @dataclass
-class Triplet:
-    """Token ids of one triplet, on the device: the prompt [P] and its responses [3, L]."""
+class Triplets:
+    """Token ids of triplets of one shape, on the device: prompts [n, P] and responses [n, 3, L]."""
 
-    prompt: Tensor
+    prompts: Tensor
     responses: Tensor
     alpha: float = field(init=False)
 
     def __post_init__(self) -> None:
         # Margins of order one, so that no gradient vanishes.
-        self.alpha = 1.0 / self.responses.shape[1]
-
-    @property
-    def tokens(self) -> int:
-        """Of the prompt once and of all responses."""
-        return len(self.prompt) + self.responses.numel()
+        self.alpha = 1.0 / self.responses.shape[2]
 
     def rows(self) -> Tensor:
-        """[3, P + L]: the prompt once for each response."""
-        return torch.cat([self.prompt.expand(len(self.responses), -1), self.responses], 1)
+        """[3 n, P + L]: the prompt once for each response."""
+        prompts = self.prompts[:, None].expand(-1, MEMBERS, -1)
+        return torch.cat([prompts, self.responses], 2).flatten(0, 1)
 
     def packed(self) -> tuple[Tensor, PrefixLayout]:
-        """[1, P + 3 L]: the prompt once."""
-        lengths = (self.responses.shape[1],) * len(self.responses)
-        layout = PrefixLayout(((len(self.prompt), lengths),))
-        return torch.cat([self.prompt, self.responses.flatten()])[None], layout
+        """[1, n (P + 3 L)]: every prompt once."""
+        n, P = self.prompts.shape
+        row = torch.cat([self.prompts, self.responses.flatten(1)], 1)
+        return row.view(1, -1), PrefixLayout(((P, (self.responses.shape[2],) * MEMBERS),) * n)
+
+    def packed_rows(self) -> Tensor:
+        """[3 n L]: where in `packed` the hidden row is from which each response token is predicted."""
+        n, P = self.prompts.shape
+        L = self.responses.shape[2]
+        starts = torch.arange(n, device=self.prompts.device) * (P + MEMBERS * L)
+        rows = starts[:, None] + P - 1 + torch.arange(MEMBERS * L, device=starts.device)
+        rows[:, ::L] = starts[:, None] + P - 1
+        return rows.flatten()
 
     def sequence_ids(self) -> Tensor:
-        """[3 L]: the response of each scored token."""
-        return torch.arange(len(self.responses), device=self.prompt.device).repeat_interleave(self.responses.shape[1])
+        """[3 n L]: the response of each scored token."""
+        sequences = torch.arange(len(self.prompts) * MEMBERS, device=self.prompts.device)
+        return sequences.repeat_interleave(self.responses.shape[2])
 
 
-def make_triplet(prompt: int, response: int, vocab: int, device: torch.device) -> Triplet:
-    """Random tokens, the same for the same lengths."""
+def make_triplets(prompt: int, response: int, vocab: int, device: torch.device, number: int = 1) -> Triplets:
+    """Random tokens, the same for the same lengths and number."""
     generator = torch.Generator().manual_seed(prompt * 31 + response)
-    ids = torch.randint(vocab, (prompt + MEMBERS * response,), generator=generator).to(device)
-    return Triplet(ids[:prompt], ids[prompt:].view(MEMBERS, response))
+    ids = torch.randint(vocab, (number, prompt + MEMBERS * response), generator=generator).to(device)
+    return Triplets(ids[:, :prompt], ids[:, prompt:].unflatten(1, (MEMBERS, response)))
 
 
-def _loss_of_sums(logprobs: Tensor, triplet: Triplet) -> Tensor:
-    return tspin_loss(*logprobs.view(1, MEMBERS).unbind(1), alpha=triplet.alpha, beta=BETA).mean()
+def _loss_of_sums(logprobs: Tensor, triplets: Triplets) -> Tensor:
+    return tspin_loss(*logprobs.view(-1, MEMBERS).unbind(1), alpha=triplets.alpha, beta=BETA).mean()
 
 
-def _separate_hidden(model: Any, triplet: Triplet) -> Tensor:
+def _separate_hidden(model: Any, triplets: Triplets) -> Tensor:
     # [3 L, D]: what each response token is predicted from.
-    hidden = _core(model).base_model(input_ids=triplet.rows(), use_cache=False).last_hidden_state
-    return hidden[:, len(triplet.prompt) - 1 : -1].flatten(0, 1)
+    hidden = _core(model).base_model(input_ids=triplets.rows(), use_cache=False).last_hidden_state
+    return hidden[:, triplets.prompts.shape[1] - 1 : -1].flatten(0, 1)
 
 
-def _naive(model: Any, triplet: Triplet) -> Tensor:
-    logits = model(input_ids=triplet.rows(), use_cache=False).logits[:, :-1].float()
-    targets = triplet.rows()[:, 1:]
+def _naive(model: Any, triplets: Triplets) -> Tensor:
+    logits = model(input_ids=triplets.rows(), use_cache=False).logits[:, :-1].float()
+    targets = triplets.rows()[:, 1:]
     logprobs = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    return _loss_of_sums(logprobs[:, len(triplet.prompt) - 1 :].sum(1), triplet)
+    return _loss_of_sums(logprobs[:, triplets.prompts.shape[1] - 1 :].sum(1), triplets)
 
 
-def _trl_style(model: Any, triplet: Triplet) -> Tensor:
+def _trl_style(model: Any, triplets: Triplets) -> Tensor:
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     head = head_of(model)
     # bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
-    arguments = (None, triplet.responses.flatten(), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
-    logprobs, *_ = ChunkedLogProbFunction.apply(_separate_hidden(model, triplet), head.weight, *arguments)
-    return _loss_of_sums(logprobs.view(MEMBERS, -1).sum(1), triplet)
+    arguments = (None, triplets.responses.flatten(), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
+    logprobs, *_ = ChunkedLogProbFunction.apply(_separate_hidden(model, triplets), head.weight, *arguments)
+    return _loss_of_sums(logprobs.view(-1, triplets.responses.shape[2]).sum(1), triplets)
 
 
-def _fused_loss(model: Any, hidden: Tensor, triplet: Triplet, rows: Tensor | None = None) -> Tensor:
-    weight, targets, ids = head_of(model).weight, triplet.responses.flatten(), triplet.sequence_ids()
-    return linear_tspin_loss(hidden, weight, targets, ids, rows=rows, alpha=triplet.alpha, beta=BETA)[0]
+def _fused_loss(model: Any, hidden: Tensor, triplets: Triplets, rows: Tensor | None = None) -> Tensor:
+    weight, targets, ids = head_of(model).weight, triplets.responses.flatten(), triplets.sequence_ids()
+    return linear_tspin_loss(hidden, weight, targets, ids, rows=rows, alpha=triplets.alpha, beta=BETA)[0]
 
 
-def _tspin_separate(model: Any, triplet: Triplet) -> Tensor:
-    return _fused_loss(model, _separate_hidden(model, triplet), triplet)
+def _tspin_separate(model: Any, triplets: Triplets) -> Tensor:
+    return _fused_loss(model, _separate_hidden(model, triplets), triplets)
 
 
-def _tspin(model: Any, triplet: Triplet) -> Tensor:
-    core, (input_ids, layout) = _core(model), triplet.packed()
+def _tspin(model: Any, triplets: Triplets) -> Tensor:
+    core, (input_ids, layout) = _core(model), triplets.packed()
     inputs = layout_inputs(layout, input_ids.device)
     hidden = core.base_model(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state[0]
-    P, (G, L) = len(triplet.prompt), triplet.responses.shape
-    rows = P + torch.arange(G * L, device=input_ids.device) - 1
-    rows.view(G, L)[:, 0] = P - 1
-    return _fused_loss(model, hidden, triplet, rows)
+    return _fused_loss(model, hidden, triplets, triplets.packed_rows())
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Any, Triplet], Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Any, Triplets], Tensor]] = {
     "naive": _naive,
     "trl_style": _trl_style,
     "tspin_separate": _tspin_separate,
@@ -175,17 +178,17 @@ class Arms:
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.RMSprop(self.trainable, lr=1e-7)
 
-    def backward(self, implementation: str, triplet: Triplet) -> Tensor:
+    def backward(self, implementation: str, triplets: Triplets) -> Tensor:
         """The loss, its gradient left in the parameters."""
         # Until the backward is done, which runs the layers again.
         _core(self.model).set_attn_implementation(NAME if implementation == "tspin" else "sdpa")
-        loss = IMPLEMENTATIONS[implementation](self.model, triplet)
+        loss = IMPLEMENTATIONS[implementation](self.model, triplets)
         loss.backward()
         return loss.detach()
 
-    def step(self, implementation: str, triplet: Triplet) -> None:
+    def step(self, implementation: str, triplets: Triplets) -> None:
         """Forward, backward and optimizer."""
-        self.backward(implementation, triplet)
+        self.backward(implementation, triplets)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -198,12 +201,12 @@ class Arms:
         """Bytes of all gradients."""
         return sum(p.nbytes for p in self.trainable)
 
-    def gate(self, triplet: Triplet) -> dict[str, str]:
+    def gate(self, triplets: Triplets) -> dict[str, str]:
         """Why implementations are refused: not installed, or a loss or a gradient that is not that of `naive`."""
         found, refused = {}, {}
         for name in IMPLEMENTATIONS:
             try:
-                loss = self.backward(name, triplet).item()
+                loss = self.backward(name, triplets).item()
             except ImportError as error:
                 refused[name] = measure.reason(error)
                 continue
@@ -218,10 +221,10 @@ class Arms:
                 refused[name] = f"loss {loss:.6g} and gradient norm {norm:.6g}, naive {true[0]:.6g} and {true[1]:.6g}"
         return refused
 
-    def peak(self, implementation: str, triplet: Triplet) -> tuple[int, int] | str:
+    def peak(self, implementation: str, triplets: Triplets) -> tuple[int, int] | str:
         """Peak bytes of a step and of its backward alone, weights and optimizer states included; or why there are none."""
         try:
-            growth, _ = measure.peak_bytes(partial(self.backward, implementation, triplet), self.device)
+            growth, _ = measure.peak_bytes(partial(self.backward, implementation, triplets), self.device)
             updating, _ = measure.peak_bytes(self.optimizer.step, self.device)
         except Exception as error:
             self.optimizer.zero_grad()

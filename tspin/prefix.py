@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tspin.cascade import can_cascade, cascade_attention
+from tspin.attention import has_kernel, shared_prompt_attention
 
 NAME = "tspin_prefix"
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
@@ -135,8 +135,8 @@ def prefix_attention(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if softcap is None and can_cascade(query, value):
-        return cascade_attention(query, key, value, prefix_layout, logits[0], sliding_window, s_aux), None
+    if softcap is None and has_kernel(query, value):
+        return shared_prompt_attention(query, key, value, prefix_layout, logits[0], sliding_window, s_aux), None
     if softcap is not None and _has_flex(query):
         mask = _block_mask(prefix_layout, sliding_window, query.device)
         options = {"scaling": logits[0], "softcap": softcap, "s_aux": s_aux}

@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tspin import cascade, prefix
+from tspin import attention, prefix
 from tspin.model import Head
 from tspin_kernels._blocks import Head as KernelHead
 from tspin_kernels._groups import group_blocks
@@ -162,12 +162,13 @@ def gpu_attention() -> Iterator[None]:
     """
     stand_ins = {
         (F, "scaled_dot_product_attention"): _flash_attention,  # a function mode would be off during a backward
-        (prefix, "can_cascade"): cascade.fits_varlen,
+        (prefix, "has_kernel"): attention.fits_varlen,
         (prefix, "_has_flex"): lambda query: True,
         (prefix, "_block_mask"): lambda *args: None,
         (prefix, "flex_attention_forward"): _flex_attention,
-        (cascade, "_forward"): _varlen_forward,
-        (cascade, "_backward"): _varlen_backward,
+        (attention, "_has_varlen"): lambda q: True,
+        (attention, "_forward"): _varlen_forward,
+        (attention, "_backward"): _varlen_backward,
     }
     before = {place: getattr(*place) for place in stand_ins}
     for place, stand_in in stand_ins.items():

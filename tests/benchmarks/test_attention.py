@@ -2,26 +2,16 @@
 
 import pytest
 import torch
+from varlen import stand_in
 
 from benchmarks import attention
 
 CPU = torch.device("cpu")
 
 
-def plain_varlen(q, k, v, query_sizes, key_sizes):
-    """What the kernel of a GPU computes: causal, the last query of a run at its last key."""
-    outputs = []
-    for a, b, c in zip(q.split(query_sizes), k.split(key_sizes), v.split(key_sizes), strict=True):
-        b, c = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (b, c))
-        scores = torch.einsum("qhd,khd->hqk", a, b) * q.shape[-1] ** -0.5
-        visible = torch.ones(len(a), len(b), dtype=torch.bool).tril(len(b) - len(a))
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), c))
-    return torch.cat(outputs)
-
-
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(attention, "varlen", plain_varlen)
+    stand_in(monkeypatch)
     monkeypatch.setattr(attention, "HEADS", {"tiny": (4, 2, 8)})
     monkeypatch.setattr(attention, "LENGTHS", ((9, 4), (1, 1)))
 

@@ -19,7 +19,7 @@ def _few_rounds(monkeypatch):
 def test_end_to_end(tmp_path, capsys):
     pytest.importorskip("trl", reason="every implementation is measured, trl's too")
     common = ["--models", "tiny", "--methods", "full,lora", "--device", "cpu", "--out", str(tmp_path)]
-    assert main(["train_step", "--lengths", "64x16,24x24", "--seconds", "2", *common]) == 0
+    assert main(["train_step", "--lengths", "64x16,24x24x2", "--seconds", "2", *common]) == 0
     assert main(["memory", "--ratios", "4", "--caps", "0.002", "--seconds", "60", *common]) == 0
     rows = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
     assert all(row.keys() >= set(long_context.FIELDS) for row in rows)
@@ -41,12 +41,13 @@ def test_end_to_end(tmp_path, capsys):
     for command in ("table", "summary", "plots"):
         assert main([command, str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "train_step | tiny | lora | 64 + 3 x 16" in printed and "cap 0.002" in printed
+    assert "train_step | tiny | lora | 64 + 3 x 16" in printed and "tiny | full | 2 x (24 + 3 x 24)" in printed
+    assert "cap 0.002" in printed
     assert (tmp_path / "cpu-tiny-full.png").read_bytes().startswith(b"\x89PNG")
 
 
 def wrong_prompt(model, triplet):
-    seen = training.Triplet(triplet.prompt.flip(0), triplet.responses)
+    seen = training.Triplets(triplet.prompts.flip(1), triplet.responses)
     return training._naive(model, seen)
 
 
@@ -61,7 +62,7 @@ def without_gradient_of_y0(model, triplet):
 def test_a_wrong_implementation_is_refused_and_not_measured(tmp_path, monkeypatch, wrong, method):
     monkeypatch.setitem(training.IMPLEMENTATIONS, "trl_style", wrong)
     common = {"device": CPU, "seconds": 1, "out": tmp_path / "rows.jsonl"}
-    rows = long_context.train_step([("tiny", method)], [(32, 8)], **common)
+    rows = long_context.train_step([("tiny", method)], [(32, 8, 1)], **common)
     refused = {row["implementation"]: row["refused"] for row in rows}
     assert "gradient norm" in refused.pop("trl_style") and set(refused.values()) == {None}
     row = next(row for row in rows if row["implementation"] == "trl_style")
@@ -73,21 +74,21 @@ def test_an_implementation_that_is_not_installed_is_a_row(tmp_path, monkeypatch)
         raise ModuleNotFoundError("No module named 'trl'")
 
     monkeypatch.setitem(training.IMPLEMENTATIONS, "trl_style", absent)
-    rows = long_context.train_step([("tiny", "full")], [(32, 8)], device=CPU, seconds=1, out=tmp_path / "rows.jsonl")
+    rows = long_context.train_step([("tiny", "full")], [(32, 8, 1)], device=CPU, seconds=1, out=tmp_path / "rows.jsonl")
     refused = {row["implementation"]: row["refused"] for row in rows}
     assert "No module named 'trl'" in refused.pop("trl_style") and set(refused.values()) == {None}
 
 
 def test_a_device_without_memory_is_a_row(tmp_path, monkeypatch):
     def full(model, triplet):
-        if triplet.tokens > 400:
+        if triplet.prompts.numel() + triplet.responses.numel() > 400:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return training._naive(model, triplet)
 
     monkeypatch.delitem(training.IMPLEMENTATIONS, "trl_style")
     monkeypatch.setitem(training.IMPLEMENTATIONS, "naive", full)
     common = {"device": CPU, "seconds": 30, "out": tmp_path / "rows.jsonl"}
-    step = long_context.train_step([("tiny", "full")], [(400, 8)], **common)
+    step = long_context.train_step([("tiny", "full")], [(400, 8, 1)], **common)
     assert [row["missing"] for row in step if row["implementation"] == "naive"] == ["out of memory"]
     monkeypatch.setattr(training, "IMPLEMENTATIONS", {"naive": full, "tspin": training._tspin})
     found = long_context.memory([("tiny", "full")], [4.0], [1.0], ["naive"], **common)
@@ -104,7 +105,7 @@ class Clocked:
     def __init__(self, monkeypatch, limit, floor=0.0, seconds=0.0, curve=1.0, on_gpu=True):
         self.limit, self.floor, self.seconds, self.curve, self.on_gpu = limit, floor, seconds, curve, on_gpu
         self.now, self.tries, self.usable = 0.0, [], 2**34
-        monkeypatch.setattr(long_context, "make_triplet", lambda prompt, *args: range(prompt))
+        monkeypatch.setattr(long_context, "make_triplets", lambda prompt, *args: range(prompt))
         monkeypatch.setattr(long_context, "_usable", lambda device, cap: self.usable)
         monkeypatch.setattr(long_context.time, "monotonic", lambda: self.now)
 

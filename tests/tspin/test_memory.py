@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig, Qwen2Config, Trainer
 
-from tspin import cascade
+from tspin import attention
 from tspin.data import MEMBERS, TripletCollator
 from tspin.memory import KEPT, predict_memory
 from tspin.model import disable_dropout, head_of, install_scoring, score_batch
@@ -183,15 +183,15 @@ def test_the_head_of_a_large_vocabulary_is_priced(tmp_path, values):
 
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_a_gpus_varlen_kernels_are_stood_in_for_by_tensors_of_the_same_shapes(key_heads):
-    blocks = cascade.Blocks((0, 5, 12), (0, 7, 16), causal=False)
+    blocks = attention.Blocks((0, 5, 12), (0, 7, 16), causal=False)
     q, k, v = torch.randn(12, 4, 8), torch.randn(16, key_heads, 8), torch.randn(16, key_heads, 8)
-    real = cascade._forward(q, k, v, blocks, 1.0)
-    reals = [*real, *cascade._backward(torch.randn_like(q), q, k, v, *real, blocks, 1.0)]
+    real = attention._forward(q, k, v, blocks, 1.0)
+    reals = [*real, *attention._backward(torch.randn_like(q), q, k, v, *real, blocks, 1.0)]
     with gpu_attention():
-        priced = cascade._forward(q, k, v, blocks, 1.0)
-        all_priced = [*priced, *cascade._backward(torch.randn_like(q), q, k, v, *priced, blocks, 1.0)]
+        priced = attention._forward(q, k, v, blocks, 1.0)
+        all_priced = [*priced, *attention._backward(torch.randn_like(q), q, k, v, *priced, blocks, 1.0)]
     assert [(t.shape, t.dtype) for t in all_priced] == [(t.shape, t.dtype) for t in reals]
-    assert cascade._forward(q, k, v, blocks, 1.0)[0].equal(real[0])
+    assert attention._forward(q, k, v, blocks, 1.0)[0].equal(real[0])
 
 
 def gpu_peak(tmp_path, config, prompt, dtype, **options):
@@ -200,19 +200,22 @@ def gpu_peak(tmp_path, config, prompt, dtype, **options):
 
 
 @pytest.mark.parametrize("softcap", [None, 50.0])
-def test_a_shared_row_on_a_gpu_costs_what_the_kernel_for_it_keeps(tmp_path, softcap):
+def test_a_shared_row_on_a_gpu_costs_what_the_kernel_for_it_keeps(tmp_path, monkeypatch, softcap):
     kind = LlamaConfig if softcap is None else Gemma2Config
     config = kind(**SIZES, num_key_value_heads=1, intermediate_size=64, head_dim=64)
     dtypes = (torch.bfloat16, torch.float32)
-    short, long = (
-        [gpu_peak(tmp_path, config, prompt, dtype).terms[KEPT] // dtype.itemsize for dtype in dtypes]
-        for prompt in (1024, 2048)
-    )
+    kept = lambda prompt, dtype: gpu_peak(tmp_path, config, prompt, dtype).terms[KEPT] // dtype.itemsize
+    monkeypatch.setattr(attention, "_LONG", 2049)
+    short, long = ([kept(prompt, dtype) for dtype in dtypes] for prompt in (1024, 2048))
     # No scores [L, S] are kept: the activations grow with the tokens.
     assert long[0] < 2.05 * short[0]
     # Without a soft cap, 32 bits have no kernel that reads a prompt's keys and values where they are: a copy for each response.
     copies = 3 * 2 * 1024 * SIZES["num_hidden_layers"] * 64
     assert ((long[1] - long[0]) - (short[1] - short[0]) >= copies) == (softcap is None)
+    # Where the prompt goes apart, a layer's output is kept by its kernels and once more as a whole; the last one's after the peak.
+    monkeypatch.setattr(attention, "_LONG", 2048)
+    outputs = (2048 + 3 * 32) * (SIZES["num_hidden_layers"] - 1) * SIZES["num_attention_heads"] * 64
+    assert kept(2048, torch.bfloat16) - long[0] == (outputs if softcap is None else 0)
 
 
 def test_gpus_divide_what_is_kept_and_gather_a_layer_at_a_time(tmp_path):

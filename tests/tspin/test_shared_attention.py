@@ -1,16 +1,18 @@
-"""The two-call attention against a plain masked softmax: values, gradients, memory, and what is handed to CUDA's kernels."""
+"""Attention of shared prompts against a plain masked softmax: values, gradients, memory, and what is handed to CUDA's kernels."""
 
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from varlen import stand_in
 
-from tspin import cascade
-from tspin.cascade import can_cascade, cascade_attention
+from tspin import attention
+from tspin.attention import has_kernel, shared_prompt_attention
 from tspin.prefix import PrefixLayout
 
 lengths = st.integers(1, 9)
@@ -53,7 +55,7 @@ def outputs_and_gradients(attention, inputs, layout, scale=0.3, window=None):
 def test_values_and_gradients_are_those_of_a_masked_softmax(groups, heads, d, window, with_sinks):
     layout = PrefixLayout(tuple(groups))
     inputs = tensors(layout, *heads, d) + [torch.randn(heads[0], dtype=torch.float64, requires_grad=True)] * with_sinks
-    runs = (outputs_and_gradients(f, inputs, layout, window=window) for f in (cascade_attention, plain))
+    runs = (outputs_and_gradients(f, inputs, layout, window=window) for f in (shared_prompt_attention, plain))
     pairs = zip(*runs, strict=True)
     for got, want in pairs:
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -61,14 +63,16 @@ def test_values_and_gradients_are_those_of_a_masked_softmax(groups, heads, d, wi
 
 def test_scores_of_a_hundred_nats_do_not_overflow():
     inputs = tensors(LAYOUT, dtype=torch.float32)
-    pairs = zip(*(outputs_and_gradients(f, inputs, LAYOUT, 30.0) for f in (cascade_attention, plain)), strict=True)
+    pairs = zip(
+        *(outputs_and_gradients(f, inputs, LAYOUT, 30.0) for f in (shared_prompt_attention, plain)), strict=True
+    )
     assert all((got - want).abs().max() < 1e-4 * want.abs().max() for got, want in pairs)
 
 
 def test_bf16_is_as_near_as_one_kernel_is():
     exact = outputs_and_gradients(plain, tensors(LAYOUT), LAYOUT)
     half = [x.detach().bfloat16().requires_grad_() for x in tensors(LAYOUT)]
-    for got, want in zip(outputs_and_gradients(cascade_attention, half, LAYOUT), exact, strict=True):
+    for got, want in zip(outputs_and_gradients(shared_prompt_attention, half, LAYOUT), exact, strict=True):
         assert (got - want).abs().max() < 0.03 * want.abs().max()
 
 
@@ -81,79 +85,62 @@ def test_nothing_is_kept_for_the_backward_but_one_row():
 
     q, k, v = tensors(LAYOUT, dtype=torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        cascade_attention(q, k, v, LAYOUT, 1.0)
+        shared_prompt_attention(q, k, v, LAYOUT, 1.0)
     T, H, H_kv, d = LAYOUT.position_ids().shape[1], 4, 2, 8
     assert sum(kept.values()) == 4 * T * (2 * H * d + 2 * H_kv * d + H)
 
 
-def hidden(Q, K, causal, reach):
-    """[Q, K] bool, as the varlen kernels understand their arguments: the last query is aligned with the last key."""
-    distance = torch.arange(K - Q, K)[:, None] - torch.arange(K)
-    return (distance < 0) & causal | (distance > (K if reach is None else reach))
-
-
-def forward_stand_in(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *, scale, window_size_left):
-    assert cum_q.dtype == cum_k.dtype == torch.int32 and dropout == 0 and not debug
-    outs, lses, repeats = [], [], q.shape[1] // k.shape[1]
-    assert (cum_q[-1], cum_k[-1]) == (len(q), len(k))
-    assert (cum_q.diff().max(), cum_k.diff().max()) == (max_q, max_k)
-    for a, b, c, e in zip(cum_q, cum_q[1:], cum_k, cum_k[1:], strict=False):
-        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:e].repeat_interleave(repeats, 1)) * scale
-        scores = scores.masked_fill(hidden(b - a, e - c, causal, window_size_left), -math.inf)
-        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[c:e].repeat_interleave(repeats, 1)))
-        lses.append(scores.logsumexp(-1))
-    return torch.cat(outs), torch.cat(lses, 1), None, None, None
-
-
-def backward_stand_in(
-    grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout, causal, rng_state, unused, *, scale, window_size_left
-):
-    """From the given output and log-sum-exp, as flash kernels do, not from the softmax of these keys alone."""
-    grads, repeats = [torch.zeros_like(x) for x in (q, k, v)], q.shape[1] // k.shape[1]
-    delta = (grad * out).sum(-1).T
-    for a, b, c, e in zip(cum_q, cum_q[1:], cum_k, cum_k[1:], strict=False):
-        keys, values = (x[c:e].repeat_interleave(repeats, 1) for x in (k, v))
-        weights = (torch.einsum("qhd,khd->hqk", q[a:b], keys) * scale - lse[:, a:b, None]).exp()
-        weights = weights.masked_fill(hidden(b - a, e - c, causal, window_size_left), 0.0)
-        slope = weights * (torch.einsum("qhd,khd->hqk", grad[a:b], values) - delta[:, a:b, None]) * scale
-        fold = lambda x: x.unflatten(1, (-1, repeats)).sum(2)
-        grads[0][a:b] = torch.einsum("hqk,khd->qhd", slope, keys)
-        grads[1][c:e] = fold(torch.einsum("hqk,qhd->khd", slope, q[a:b]))
-        grads[2][c:e] = fold(torch.einsum("hqk,qhd->khd", weights, grad[a:b]))
-    return grads
-
-
+@pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 2, 6, 11, 15])
 @pytest.mark.parametrize("layout", [LAYOUT, PrefixLayout(((1, (1,)), (7, (9, 9))))])
-def test_the_arguments_of_the_varlen_kernels_mean_the_same(monkeypatch, layout, window):
-    monkeypatch.setattr("tspin.cascade._has_varlen", lambda q: True)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward_stand_in)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward_stand_in)
-    inputs = tensors(layout)
-    runs = (outputs_and_gradients(f, inputs, layout, window=window) for f in (cascade_attention, plain))
-    pairs = zip(*runs, strict=True)
-    for got, want in pairs:
+@pytest.mark.parametrize("long", [1, 5, 100])
+def test_a_gpus_calls_mean_the_same(monkeypatch, layout, window, long, with_sinks):
+    """By stand-ins for the varlen kernels; prompts of `long` tokens or more go apart."""
+    stand_in(monkeypatch)
+    monkeypatch.setattr(attention, "_LONG", long)
+    inputs = tensors(layout) + [torch.randn(4, dtype=torch.float64, requires_grad=True)] * with_sinks
+    runs = (outputs_and_gradients(f, inputs, layout, window=window) for f in (shared_prompt_attention, plain))
+    for got, want in zip(*runs, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("window, long, calls", [(None, None, 1), (None, 5, 2), (None, 4, 3), (6, 4, 1)])
+def test_how_many_calls_a_gpu_gets(monkeypatch, window, long, calls):
+    """One of the varlen kernel, whatever the window, and one of PyTorch's choice for each long prompt."""
+    made = []
+    stand_in(monkeypatch, made)
+    whole = F.scaled_dot_product_attention
+    counted = lambda *args, **options: made.append("apart") or whole(*args, **options)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(attention, "_LONG", long)
+    shared_prompt_attention(*tensors(LAYOUT), LAYOUT, 0.3, window)
+    assert made == ["apart"] * (calls - 1) + ["forward"]
+
+
+def test_copies_are_summed_before_they_are_rounded():
+    plan = attention.plan_calls(PrefixLayout(((1, (1, 1, 1)),)), None, True, None)
+    pieces = torch.tensor([256.0, 1, 0, 1, 0, 1, 0]).bfloat16()[:, None]
+    assert plan.give(pieces, plan.calls[0].keys)[0] == torch.tensor(259.0).bfloat16()  # 256 three times, one by one
 
 
 def test_cudas_kernels_take_the_arguments_that_they_get(monkeypatch):
     """Shapes and signatures only, on tensors without memory: no GPU is needed."""
-    monkeypatch.setattr("tspin.cascade._has_varlen", lambda q: True)
+    monkeypatch.setattr("tspin.attention._has_varlen", lambda q: True)
     T, saved = LAYOUT.position_ids().shape[1], []
     ctx = SimpleNamespace(save_for_backward=lambda *tensors: saved.extend(tensors))
     q, k, v = (torch.empty(T, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
-    out = cascade._Cascade.forward(ctx, q, k, v, None, cascade._plan(LAYOUT, 6), 0.25)
+    out = attention._Attention.forward(ctx, q, k, v, None, attention.plan_calls(LAYOUT, 6, True, None), 0.25)
     assert out.shape == (T, 4, 16) and out.dtype == torch.bfloat16
     ctx.saved_tensors = saved
-    *grads, _, _, _ = cascade._Cascade.backward(ctx, out)
+    *grads, _, _, _ = attention._Attention.backward(ctx, out)
     assert [x.shape for x in grads] == [x.shape for x in (q, k, v)]
 
 
 def test_a_trace_without_data_runs_and_leaves_nothing_behind():
     with FakeTensorMode():
         inputs = tensors(LAYOUT)
-        shapes = [x.shape for x in outputs_and_gradients(cascade_attention, inputs, LAYOUT, window=6)]
-    real = outputs_and_gradients(cascade_attention, tensors(LAYOUT), LAYOUT, window=6)
+        shapes = [x.shape for x in outputs_and_gradients(shared_prompt_attention, inputs, LAYOUT, window=6)]
+    real = outputs_and_gradients(shared_prompt_attention, tensors(LAYOUT), LAYOUT, window=6)
     assert [x.shape for x in real] == shapes and all(x.isfinite().all() for x in real)
 
 
@@ -161,8 +148,8 @@ def test_cudas_kernels_are_for_16_bits_and_whole_vectors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with FakeTensorMode():
         make = lambda d, dtype=torch.bfloat16: torch.empty(1, 4, 5, d, dtype=dtype, device="cuda")
-        assert can_cascade(make(16), make(16))
+        assert has_kernel(make(16), make(16))
         refused = ((make(16, torch.float32), make(16, torch.float32)), (make(12), make(12)), (make(16), make(8)))
-        assert not any(can_cascade(*pair) for pair in refused)
+        assert not any(has_kernel(*pair) for pair in refused)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-        assert not can_cascade(make(16), make(16))
+        assert not has_kernel(make(16), make(16))
