@@ -46,6 +46,17 @@ def _json_object(text: bytes, where: str) -> dict[str, Any]:
     raise ValueError(f"{where} is damaged: {problem}; restore it, or delete the file") from None
 
 
+def _read_timings(path: Path) -> list[dict[str, Any]]:
+    entries = read_json_lines(path)
+    if not all(
+        {"stage", "seconds", "finished"} <= e.keys() and isinstance(e["seconds"], (int, float)) for e in entries
+    ):
+        raise ValueError(
+            f"{path} is damaged: want a stage and its seconds in each line; restore it, or delete the file"
+        )
+    return entries
+
+
 def _numbers(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if isinstance(value, (int, float))}
 
@@ -102,17 +113,23 @@ class Run:
         directory = Path(run_dir)
         rows = read_iterations(directory)
 
-        def json_of(name: str) -> dict[str, Any]:
+        def json_of(name: str, *objects: str) -> dict[str, Any]:
+            # `objects`: keys whose values are objects too, where they are there.
             path = directory / name
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            value = _json_object(path.read_bytes(), str(path)) if path.exists() else {}
+            for key in objects:
+                if not isinstance(value.get(key, {}), dict):
+                    raise ValueError(f"{path} is damaged: want an object under {key!r}; restore it, or delete the file")
+            return value
 
+        stages = json_of("state.json", "done").get("done", {})
         return cls(
             directory=directory,
             config=read_values(directory / "config.yaml"),
             rows=rows,
-            record=json_of("run.json"),
-            stages=json_of("state.json").get("done", {}),
-            timings=read_json_lines(directory / "timings.jsonl"),
+            record=json_of("run.json", "versions", "data", "eval_data", "model"),
+            stages={name: made for name, made in stages.items() if isinstance(made, dict)},
+            timings=_read_timings(directory / "timings.jsonl"),
         )
 
     @property

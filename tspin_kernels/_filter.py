@@ -1,13 +1,13 @@
-"""Certified column filtering: the gradient of peaked rows from the few vocabulary columns that carry it.
+"""Certified filtering: the gradient of peaked rows from the few vocabulary columns that carry it.
 
-In a trained model almost all of a row's gradient dz sits in a few of the V columns. Rows of a like peak share a set of columns
-C, and dH = dz W, dW = dz^T H are made from these alone. For each row t with upstream gradients g (log-prob) and h (entropy),
+In a trained model almost all of a row's gradient dz sits in a few of the V columns. A row t keeps those above a threshold of its
+own, and dH = dz W, dW = dz^T H are summed over what is kept, entry by entry. With upstream gradients g (log-prob) and h (entropy),
 
-    sum over j not in C of |dz_tj|  <=  e_t = tau (|g_t| + |h_t|) scale / temperature                    (1)
+    sum over j left out of |dz_tj|  <=  e_t = tau (|g_t| + |h_t|) |scale| / temperature                    (1)
 
-is summed up, not presumed; a row that would break it takes the dense path. A threshold on single elements would not bound the
-sum: a flat row is nothing but small elements. With h = 0 and no softcap, (1) says that the probability dropped is at most tau.
-Up to rounding, (1) gives
+is summed up, not presumed: a threshold on single elements would not bound the sum, since a flat row is nothing but small elements.
+A row that keeps more columns than it gains by takes the dense path. With h = 0 and no softcap, (1) says that the probability left
+out is at most tau. Up to rounding, (1) gives
 
     ||error of dH_t|| <= e_t max_j ||W_j||          ||error of dW|| (Frobenius) <= sum_t e_t ||h_t||     (h_t: hidden row)
 
@@ -19,26 +19,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tspin_kernels import _rows_torch
 from tspin_kernels._blocks import (
     Gradients,
     Head,
     RowStats,
     Upstream,
     add_column_sums,
-    add_product,
     form_gradient,
-    product,
+    multiply_out,
     to_front,
     without_autocast,
 )
 
-# Rows that choose their columns together, and what it costs to gather and scatter a column, in rows of its products:
-# estimates, for the CPU and for an H200.
-_SHARING = {"cpu": (128, 32)}
-_SHARING_ELSEWHERE = (512, 512)
-# A block chooses between this many numbers of columns, each the last one over the square root of two.
-_SETS = 12
-_WORKSPACE_BYTES = 64 * 2**20
+# Entries of a dense row that cost as much as one that is kept: estimates, for the CPU and for an H200.
+_ENTRY_COST = {"cpu": 16}
+_ENTRY_COST_ELSEWHERE = 256
 
 
 @dataclass
@@ -58,63 +54,26 @@ class FilterReport:
         """What is left of the products of the backward: 1 where nothing was filtered."""
         return self.kept_entries / self.entries if self.entries else 1.0
 
-    def count(self, rows: int, columns: int, V: int) -> None:
-        """Count `rows` of which each kept `columns` out of V."""
+    def count(self, rows: int, dense_rows: int, kept_entries: int, V: int) -> None:
+        """Count `rows`, those among them that kept all V columns, and the entries that all of them kept."""
         self.rows += rows
-        self.dense_rows += rows if columns == V else 0
+        self.dense_rows += dense_rows
         self.entries += rows * V
-        self.kept_entries += rows * columns
+        self.kept_entries += kept_entries
 
 
-def _sharing(device: torch.device) -> tuple[int, int]:
-    return _SHARING.get(device.type, _SHARING_ELSEWHERE)
+def _most_kept(V: int, device: torch.device) -> int:
+    """How many columns a row may keep and still gain."""
+    return V // _ENTRY_COST.get(device.type, _ENTRY_COST_ELSEWHERE)
 
 
-def _columns_per_step(D: int) -> int:
-    return max(1, _WORKSPACE_BYTES // (4 * D))
-
-
-def filter_bytes(head: Head, device: torch.device) -> int:
-    """Bytes that filtering takes beside the store: a block of rows with its shares, and the operands of one step of columns."""
-    per_block, _ = _sharing(device)
-    (_, D), V = head.weight.shape, head.widest
-    logit, operand = head.logits_dtype.itemsize, head.compute_dtype.itemsize
-    widened = 4 if operand < 4 and device.type == "cpu" else 0
-    choice = V * (per_block * (2 * logit + widened) + 5 * _SETS + 32)
-    accumulator = 4 * V * D if operand < 4 else 0
-    return choice + accumulator + min(_columns_per_step(D), V) * (per_block * operand + D * (4 + operand))
-
-
-def _choose_columns(
-    dlogits: Tensor, size: Tensor, targets: Tensor, limit: float, overhead: int
-) -> tuple[Tensor, Tensor] | None:
-    """Which rows of a block keep which columns: (fits [N] bool, columns [C]), or None where all are better off dense.
-
-    Args:
-        dlogits: [N, V] of like rows. size: [N] their |g| + |h|. targets: [N] from the first column; may lie outside.
-        limit: most that a row may drop of sum |dlogits| / size.
-    """
-    N, V = dlogits.shape
-    # At least as many columns as rows, so that every set has room for the targets.
-    counts = sorted({max(N, int(V * 2 ** (-k / 2))) for k in range(1, _SETS + 1)})
-    if counts[-1] >= V:
-        return None
-    share = dlogits.abs()
-    # Each row over its size, in proportion: a row of small coefficients has its say.
-    weights = (size.amin() / size).unsqueeze(0).to(share.dtype)
-    mass = product(weights, share, size.dtype).squeeze(0).nan_to_num_(0, posinf=0)
-    inside = (targets >= 0) & (targets < V)
-    mass.scatter_reduce_(0, targets.clamp(0, V - 1), torch.where(inside, torch.inf, 0).to(mass.dtype), "amax")
-    order = mass.argsort(descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(V, device=order.device))
-    is_dropped = rank.unsqueeze(1) >= torch.tensor(counts, device=order.device)
-    fits = product(share, is_dropped.to(share.dtype), size.dtype) <= limit * size.unsqueeze(1)
-    numbers = fits.sum(0).tolist()
-    costs = [(n + overhead) * count + (N - n) * V for n, count in zip(numbers, counts)]
-    best = min(range(len(counts)), key=costs.__getitem__)
-    if costs[best] >= N * V:
-        return None
-    return fits[:, best], order[: counts[best]].sort().values
+def filter_bytes(head: Head, device: torch.device) -> tuple[int, int]:
+    """Bytes that filtering takes beside the store: of a call, and of each of its rows."""
+    V, D, is_narrow = head.widest, head.weight.shape[1], head.compute_dtype.itemsize < 4
+    # PyTorch sums in the dtype of what it sums: the rows of the weight are widened.
+    widened = 4 * V * D if is_narrow and head.rows is _rows_torch else 0
+    # Place and value of an entry, and both again in the order of rows and of columns.
+    return (4 * V * D if is_narrow else 0) + widened, 64 * _most_kept(V, device)
 
 
 @without_autocast
@@ -129,52 +88,49 @@ def compute_filtered_gradients(
     store: Tensor,
     tolerance: float,
     report: FilterReport | None,
+    fresh: bool,
 ) -> None:
     """`compute_gradients` within a tolerance, from the products in `store` [N, V], which is destroyed.
 
-    Row i of `grads.hidden` [N, D] is written; the gradients of weight and bias, in float32 or wider, are added.
+    Row i of `grads.hidden` [N, D] is written, and the gradient of the weight, in float32 or wider; not `fresh`: that is added. The
+    bias' is always added.
     """
-    report = FilterReport() if report is None else report
-    (N, V), dtype = store.shape, head.compute_dtype
-    # In place: the columns are chosen by what is not yet rounded.
+    (N, V), device = store.shape, store.device
+    # In place: columns are chosen by what is not yet rounded.
     store, unscale = form_gradient(head, store, targets, stats, upstream, for_products=False)
     add_column_sums(grads.bias, store, unscale)
-    targets = targets - head.start
     size = torch.stack([gradient.abs() for gradient in upstream if gradient is not None]).sum(0)
     size = size if unscale is None else size / unscale
     # What all ranks drop together stays within the tolerance.
     ranks = 1 if head.shard is None else head.shard.ranks
     limit = tolerance * abs(head.transform.logit_scale) / head.transform.temperature / ranks
-    per_block, overhead = _sharing(store.device)
-    is_dense = torch.ones(N, dtype=torch.bool, device=store.device)
-    # By the largest probability of a row, which is exp(-log_s).
-    for rows in stats.log_s.argsort(stable=True).split(per_block):
-        dlogits = store.index_select(0, rows)
-        chosen = _choose_columns(dlogits, size[rows], targets[rows], limit, overhead)
-        if chosen is None:
-            continue
-        fits, columns = chosen
-        rows = rows[fits]
-        is_dense[rows] = False
-        report.count(rows.shape[0], columns.shape[0], V)
-        operand = hidden.index_select(0, index[rows]).to(dtype)
-        dhidden = operand.new_empty(operand.shape, dtype=stats.m.dtype)
-        for step, part in enumerate(columns.split(_columns_per_step(hidden.shape[-1]))):
-            kept = dlogits.index_select(1, part)[fits].to(dtype)
-            if grads.hidden is not None:
-                add_product(dhidden, kept, head.weight.index_select(0, part).to(dtype), step == 0, unscale)
-            if grads.weight is not None:
-                dweight = product(kept.T, operand, stats.m.dtype)
-                grads.weight.index_add_(0, part, dweight if unscale is None else dweight * unscale)
-        if grads.hidden is not None:
-            grads.hidden[rows] = dhidden.to(grads.hidden.dtype)
-    places = to_front(is_dense, store)
-    report.count(places.shape[0], V, V)
-    operand = hidden.index_select(0, index[places]).to(dtype)
-    dlogits = store[: places.shape[0]].to(dtype)
+    columns, values, lengths = head.rows.keep_largest(store, targets - head.start, limit * size, _most_kept(V, device))
+    is_dense = lengths < 0
+    sparse = (~is_dense).nonzero().squeeze(1)
+    lengths = lengths[sparse]
+    is_kept = torch.arange(columns.shape[1], device=device) < lengths.unsqueeze(1)
+    columns, values = columns[sparse][is_kept], values[sparse][is_kept]
+    dense = to_front(is_dense, store)
+    n = dense.shape[0]
+    if report is not None:
+        report.count(N, n, n * V + columns.shape[0], V)
+    if n:
+        dhidden = None if grads.hidden is None else grads.hidden.new_empty(n, grads.hidden.shape[1])
+        gradients = Gradients(dhidden, grads.weight, None)
+        dlogits = store[:n].to(head.compute_dtype)
+        multiply_out(head, hidden, index[dense], dlogits, unscale, gradients, fresh)
+        if grads.hidden is not None and dhidden is not None:
+            grads.hidden[dense] = dhidden
     if grads.hidden is not None:
-        dhidden = grads.hidden.new_empty(operand.shape)
-        add_product(dhidden, dlogits, head.weight.to(dtype), True, unscale)
-        grads.hidden[places] = dhidden
+        dhidden = grads.hidden.new_empty(sparse.shape[0], grads.hidden.shape[1])
+        head.rows.segment_sums(dhidden, _starts(lengths), columns, values, head.weight, unscale, True)
+        grads.hidden[sparse] = dhidden
     if grads.weight is not None:
-        add_product(grads.weight, dlogits.T, operand, False, unscale)
+        order = columns.argsort(stable=True)
+        rows = index[sparse].repeat_interleave(lengths, output_size=columns.shape[0])[order]
+        starts = torch.searchsorted(columns[order], torch.arange(V + 1, device=device, dtype=columns.dtype))
+        head.rows.segment_sums(grads.weight, starts, rows, values[order], hidden, unscale, fresh and not n)
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))

@@ -193,17 +193,17 @@ def group_blocks(
     head: Head, hidden: Tensor, rows: Rows, wanted: list[bool], budget: int, filtered: bool = False
 ) -> list[Range] | None:
     """Ranges of groups whose logits fit; None where one group is too large, and the call takes two passes."""
-    if filtered:
-        budget -= filter_bytes(head, hidden.device)
+    fixed, per_row = filter_bytes(head, hidden.device) if filtered else (0, 0)
+    budget -= fixed
     dtypes = [t.dtype if needed else None for t, needed in zip((hidden, head.weight), wanted)]
     sizes = partial(head.sizes, hidden=hidden, gathered=True, dhidden=dtypes[0], dweight=dtypes[1])
     N, V = rows.index.shape[0], head.widest
-    if sizes(N).total(N, V) <= budget:
+    if sizes(N).total(N, V) + N * per_row <= budget:
         return [Range(0, rows.groups, N)]
     D, one = head.weight.shape[1], sizes(1)
     # Several blocks sum the weight's gradient in float32, taken a few columns at a time.
     accumulator = 4 * D * V if one.dweight == "narrow" else 0
-    max_rows = (budget - accumulator - V * one.col_bytes) // max(1, V * one.logit_bytes + one.row_bytes)
+    max_rows = (budget - accumulator - V * one.col_bytes) // max(1, V * one.logit_bytes + one.row_bytes + per_row)
     return _pack(rows.per_group(), max_rows)
 
 
@@ -223,14 +223,13 @@ def run_groups(
     hidden_dtype = dtype if head.compute_dtype == torch.float16 or head.shard is not None else hidden.dtype
     hidden_gradient = _HiddenGradient(hidden, rows, hidden_dtype) if wanted[0] else None
     # Written by the first block of rows, or added to.
-    new = hidden.new_zeros if filtered else hidden.new_empty
     grads = Gradients(
         None,
-        new(V, D, dtype=wide or head.weight.dtype) if wanted[1] else None,
+        hidden.new_empty(V, D, dtype=wide or head.weight.dtype) if wanted[1] else None,
         hidden.new_zeros(V, dtype=dtype) if wanted[2] else None,
     )
     parts: list[tuple[Tensor, SequenceStats]] = []
-    start, fresh = 0, not filtered
+    start, fresh = 0, True
     dtypes = [t.dtype if needed else None for t, needed in zip((hidden, head.weight), wanted)]
     if one_pass:
         # Once for all blocks, where their weight is the whole one.
@@ -296,9 +295,10 @@ def run_groups(
                 store,
                 call.filter_tolerance,
                 call.filter_report,
+                fresh,
             )
         if store is None and call.filter_report is not None:
-            call.filter_report.count(count, V, V)
+            call.filter_report.count(count, count, count * V, V)
         fresh = False
         if hidden_gradient is not None and dhidden is not None:
             hidden_gradient.add(selected, index, dhidden)

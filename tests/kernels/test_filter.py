@@ -5,10 +5,11 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tspin_kernels import FilterReport, _filter, linear_sequence_loss, linear_tspin_loss
+from tspin_kernels._blocks import rows_module
 
 from .test_memory import product_flops
 
@@ -92,9 +93,9 @@ def assert_within_bound(got, exact, call, size, tolerance, scale=1.0, rounding=1
     tolerance=st.sampled_from([0.0, 1e-3, 0.03, 0.06, 0.2, 0.35, 1.0]),
     with_entropy=st.booleans(),
     transform=st.sampled_from([{}, {"temperature": 0.7}, {"logit_scale": -0.5}, {"softcap": 20.0, "temperature": 1.5}]),
-    per_block=st.sampled_from([4, 16, 128]),
+    cost=st.sampled_from([2, 16, 128]),
 )
-def test_no_error_exceeds_its_bound(kinds, seed, tolerance, with_entropy, transform, per_block):
+def test_no_error_exceeds_its_bound(kinds, seed, tolerance, with_entropy, transform, cost):
     call = make_call(kinds, seed)
     generator = torch.Generator().manual_seed(seed)
     # Coefficients of very different size: a tolerance that were shared between rows would let large ones spoil small ones.
@@ -103,8 +104,7 @@ def test_no_error_exceeds_its_bound(kinds, seed, tolerance, with_entropy, transf
     bias = torch.randn(V, generator=generator, dtype=torch.float64)
     exact = evaluate(call, g, h, bias=bias, **transform)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_filter, "_SHARING", {"cpu": (per_block, 0)})
-        patch.setattr(_filter, "_WORKSPACE_BYTES", 2**13)  # several steps of columns
+        patch.setattr(_filter, "_ENTRY_COST", {"cpu": cost})
         got = evaluate(call, g, h, bias=bias, filter_tolerance=tolerance, **transform)
     scale = abs(transform.get("logit_scale", 1.0)) / transform.get("temperature", 1.0)
     size = g.abs() + (0 if h is None else h.abs())
@@ -165,18 +165,14 @@ def test_an_entropy_gradient_has_its_own_mass():
 
 
 def test_targets_are_kept_whatever_the_tolerance():
-    """Seven rows want 64 columns each, the eighth knows its target: with a tolerance of one its column could go."""
+    """Rows that know their targets: with a tolerance of one, all of their gradient could go."""
     z = torch.full((8, V), -40.0, dtype=torch.float64)
-    for row in range(7):
-        z[row, row * 64 : row * 64 + 64] = 0
-    z[7, 1000], z[7, 1001] = 10, 0
-    targets = torch.tensor([*range(0, 448, 64), 1000])
+    targets = torch.arange(0, 512, 64)
+    z[torch.arange(8), targets], z[torch.arange(8), targets + 1] = 10, 0
     call = [torch.eye(8, dtype=torch.float64), z.T.contiguous(), targets, torch.arange(8)]
     report = FilterReport()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_filter, "_SHARING", {"cpu": (8, 0)})
-        got = evaluate(call, torch.ones(8), None, filter_tolerance=1.0, filter_report=report)
-    assert report.kept_fraction < 0.05
+    got = evaluate(call, torch.ones(8), None, filter_tolerance=1.0, filter_report=report)
+    assert report.kept_entries == 8
     assert (got["dweight"][targets] != 0).any(1).all()
 
 
@@ -202,9 +198,10 @@ def test_flops_are_those_of_what_was_kept(wanted):
     flops = product_flops(run)
     width = hidden.shape[1]
     products = 2 if wanted == "both" else 1
-    choice = 2 * 64 * V * 9  # the mass of each column, and sets of 724, 512, 362, ... and 64 of them
-    assert flops - choice == 2 * 64 * V * width + 2 * products * report.kept_entries * width
-    assert report.kept_fraction < 0.3
+    # What is kept of other rows is not multiplied but summed up.
+    assert report.dense_rows == 4
+    assert flops == 2 * 64 * V * width + 2 * products * 4 * V * width
+    assert 4 * V < report.kept_entries < 4 * V + 60 * 8
 
 
 @pytest.mark.parametrize("blocks", [1, 4])
@@ -212,8 +209,7 @@ def test_groups_beyond_the_budget_are_exact(blocks):
     """A budget too small for one group takes two passes, and nothing is filtered; several blocks filter each their own."""
     call, g, report = make_call(["peaked"] * 64), torch.ones(64, dtype=torch.float64), FilterReport()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_filter, "_SHARING", {"cpu": (8, 0)})
-        patch.setattr(_filter, "_WORKSPACE_BYTES", 2**14)
+        patch.setattr(_filter, "_ENTRY_COST", {"cpu": 64})
         head = 8 * V * 64
         budget = 2**20 if blocks == 4 else head
         got = evaluate(call, g, None, filter_tolerance=0.01, filter_report=report, memory_budget=budget)
@@ -242,13 +238,95 @@ def test_zero_coefficients_are_neither_filtered_nor_counted():
     assert (got["dhidden"][g == 0] == 0).all()
 
 
-def test_a_vocabulary_too_small_to_choose_from_is_dense():
-    call, report = make_call(["peaked"] * 40), FilterReport()
-    call = [call[0], call[1][:48], call[2] % 48, call[3]]
-    g = torch.ones(40, dtype=torch.float64)
-    got = evaluate(call, g, None, filter_tolerance=0.5, filter_report=report)
+def test_a_vocabulary_too_small_to_choose_from_is_dense(fused):
+    call, report = make_call(["peaked"] * 40, dtype=torch.float32), FilterReport()
+    call = [call[0], call[1][:15], call[2] % 15, call[3]]
+    g, options = torch.ones(40), {"device": fused.device, "backend": fused.backend}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_filter, "_ENTRY_COST", {fused.device: 16})
+        got = evaluate(call, g, None, **options, filter_tolerance=0.5, filter_report=report)
     assert report.kept_fraction == 1.0
-    torch.testing.assert_close(got["dweight"], evaluate(call, g, None)["dweight"])
+    torch.testing.assert_close(got["dweight"], evaluate(call, g, None, **options)["dweight"])
+
+
+@settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    columns=st.sampled_from([1, 300, 2500]),
+    most=st.sampled_from([0, 7, 400]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    tolerance=st.sampled_from([0.0, 0.01, 0.3, 2.0, math.nan]),
+    peak=st.sampled_from([0.0, 6.0, 40.0]),
+    bad=st.none() | st.sampled_from([math.nan, math.inf]),
+    seed=st.integers(0, 2**31),
+)
+def test_what_a_row_keeps(fused, columns, most, dtype, tolerance, peak, bad, seed):
+    """Everything but small elements that together stay within the limit; the target; and all that is not finite."""
+    draw = torch.Generator().manual_seed(seed)
+    buffer = torch.randn(9, columns + 3, generator=draw)[:, :columns].mul(peak / 4).exp().mul(1e-3)
+    buffer *= torch.randn(9, columns, generator=draw).sign()
+    buffer = torch.cat([buffer, buffer[:, :3]], 1).to(dtype)[:, :columns]
+    if bad is not None:
+        buffer[4, columns // 2] = bad
+    targets = torch.randint(-2, columns + 2, (9,), generator=draw)
+    limits = tolerance * buffer.float().abs().nan_to_num(0, posinf=0).sum(1)
+    kernels = rows_module(fused.backend, torch.device(fused.device))
+    found = kernels.keep_largest(*(t.to(fused.device) for t in (buffer, targets, limits)), most)
+    places, values, lengths = (t.cpu() for t in found)
+    assert places.dtype == lengths.dtype == torch.int32 and values.dtype == torch.float32
+    for row, (limit, target, length) in enumerate(zip(limits.tolist(), targets.tolist(), lengths.tolist())):
+        share = buffer[row].double().abs()
+        if length < 0:
+            # No threshold of the eight would do: either they leave out too much or they keep too many.
+            for k in range(8):
+                is_left = share <= limit * 2 ** (-1.5 * k)
+                assert share[is_left].sum() > 0.999 * limit or (~is_left).sum() >= most or not limit >= 0, (row, k)
+            continue
+        assert length <= most
+        kept = places[row, :length].long()
+        assert (kept.diff() > 0).all()
+        torch.testing.assert_close(values[row, :length], buffer[row, kept].float(), rtol=0, atol=0, equal_nan=True)
+        is_left = torch.ones(columns, dtype=torch.bool)
+        is_left[kept] = False
+        assert share[is_left].isfinite().all() and (not is_left.any() or share[is_left].sum() <= 1.00001 * limit)
+        assert not 0 <= target < columns or not is_left[target]
+        above = kept[kept != target]
+        assert not is_left.any() or not len(above) or not share[above].min() < share[is_left].max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 40, 1500])
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("factor", [None, 0.25])
+def test_segments_are_summed(fused, dtype, width, fresh, factor):
+    """Empty ones, one of an entry and one of many, rows of the operand in any order and repeated."""
+    draw = torch.Generator().manual_seed(width)
+    lengths = torch.tensor([0, 1, 0, 0, 37, 4, 3, 0])
+    starts, E = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), int(lengths.sum())
+    index = torch.randint(11, (E,), generator=draw, dtype=torch.int32)
+    values, operand = torch.randn(E, generator=draw), torch.randn(11, width, generator=draw).to(dtype)
+    before = torch.randn(8, width, generator=draw)
+    want = torch.zeros(8, width, dtype=torch.float64)
+    want.index_add_(
+        0, torch.arange(8).repeat_interleave(lengths), values.double()[:, None] * operand[index.long()].double()
+    )
+    want = want * (factor or 1) + (0 if fresh else before.double())
+    out, starts, index, values, operand = (
+        t.to(fused.device) for t in (before.fill_(math.nan) if fresh else before, starts, index, values, operand)
+    )
+    kernels = rows_module(fused.backend, torch.device(fused.device))
+    scale = None if factor is None else torch.tensor(factor, device=fused.device)
+    kernels.segment_sums(out, starts, index, values, operand, scale, fresh)
+    torch.testing.assert_close(out.cpu().double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_no_entry_at_all(fused):
+    out = torch.full((3, 4), 2.0, device=fused.device)
+    kernels = rows_module(fused.backend, torch.device(fused.device))
+    starts, nothing = torch.zeros(4, dtype=torch.int64, device=fused.device), torch.empty(0, device=fused.device)
+    kernels.segment_sums(out, starts, nothing.long(), nothing, torch.ones(5, 4, device=fused.device), None, False)
+    assert (out == 2).all()
+    kernels.segment_sums(out, starts, nothing.long(), nothing, torch.ones(5, 4, device=fused.device), None, True)
+    assert (out == 0).all()
 
 
 def test_linear_tspin_loss_passes_the_tolerance_on():
