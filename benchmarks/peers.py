@@ -226,9 +226,9 @@ def wide_store_budget(workload: Workload) -> int:
 
 
 def filtered_budget(workload: Workload) -> int:
-    """`store_budget`, the blocks of rows that choose columns together, and dweight in float32."""
+    """`store_budget`, what rows keep, and dweight in float32, twice where PyTorch sums."""
     case = workload.case
-    return store_budget(workload) + case.V * (512 * (2 * case.dtype.itemsize + 4) + 4 * case.D + 128) + 2**28
+    return store_budget(workload) + 8 * case.V * case.D + case.logits_bytes * 2 + 2**26
 
 
 def _load_tspin_tokens(_: Workload, options: dict[str, Any]) -> Call:

@@ -411,7 +411,7 @@ MUTATIONS = [
     Mutation(
         "first rows added to uninitialised memory",
         RUN,
-        "start, fresh = 0, not filtered",
+        "start, fresh = 0, True",
         "start, fresh = 0, False",
         SEQUENCES,
     ),
@@ -515,23 +515,26 @@ MUTATIONS = [
     Mutation(
         "ranks: uneven shards cut evenly", SHARDS, "sum(widths[:rank])", "rank * columns", "test_process_group.py"
     ),
-    # Column filtering
-    Mutation("filter: nothing is looked at", FILTER, "<= limit * size", "<= (limit + 9) * size", "test_filter.py"),
+    # Filtering
+    Mutation(
+        "filter: nothing is looked at",
+        PLAIN,
+        "fits = left_out <= limit",
+        "fits = left_out <= limit + 9",
+        "test_filter.py",
+    ),
     Mutation(
         "filter: threshold on single columns",
-        FILTER,
-        "product(share, is_dropped.to(share.dtype), size.dtype)",
-        "(share[:, :, None] * is_dropped).amax(1)",
+        PLAIN,
+        "torch.where(share <= limit * fractions[middle], share, 0.0).sum(1, keepdim=True)",
+        "torch.where(share <= limit * fractions[middle], share, 0.0).amax(1, keepdim=True)",
         "test_filter.py",
     ),
     Mutation(
-        "filter: tolerance relative to one",
-        FILTER,
-        "<= limit * size.unsqueeze(1)",
-        "<= limit",
-        "test_filter.py",
+        "filter: tolerance relative to one", FILTER, "limit * size, _most", "limit + 0 * size, _most", "test_filter.py"
     ),
     Mutation("filter: temperature forgotten", FILTER, " / head.transform.temperature", "", "test_filter.py"),
+    Mutation("filter: logit_scale forgotten", FILTER, " * abs(head.transform.logit_scale)", "", "test_filter.py"),
     Mutation(
         "filter: entropy's coefficient forgotten",
         FILTER,
@@ -540,15 +543,23 @@ MUTATIONS = [
         "test_filter.py",
     ),
     Mutation(
-        "filter: targets not kept", FILTER, "torch.inf, 0).to(mass.dtype)", "0.0, 0).to(mass.dtype)", "test_filter.py"
-    ),
-    Mutation(
-        "filter: dense rows left out",
-        FILTER,
-        "store[: places.shape[0]]",
-        "0 * store[: places.shape[0]]",
+        "filter: targets not kept",
+        PLAIN,
+        "is_kept.gather(1, local.clamp(0, V - 1)) | hit",
+        "is_kept.gather(1, local.clamp(0, V - 1))",
         "test_filter.py",
     ),
+    Mutation(
+        "filter: a nan goes", PLAIN, "is_kept = ~(share <= threshold)", "is_kept = share > threshold", "test_filter.py"
+    ),
+    Mutation(
+        "filter: a limit of nan leaves out all",
+        PLAIN,
+        "torch.where(low == _FRACTIONS, -1.0, limit * fractions[low])",
+        "limit * fractions[low]",
+        "test_filter.py",
+    ),
+    Mutation("filter: dense rows left out", FILTER, "store[:n].to", "(0 * store[:n]).to", "test_filter.py"),
     Mutation(
         "filter: dense rows' products of others",
         FILTER,
@@ -558,22 +569,88 @@ MUTATIONS = [
     ),
     Mutation("filter: bias' gradient left out", FILTER, "grads.bias, store", "None, store", "test_filter.py"),
     Mutation(
-        "filter: float16 not scaled back",
+        "filter: float16 not scaled back in dhidden",
         FILTER,
-        "dweight if unscale is None else dweight * unscale",
-        "dweight",
+        "head.weight, unscale, True",
+        "head.weight, None, True",
         "test_filter.py",
     ),
     Mutation(
-        "filter: each step of columns overwrites", FILTER, "step == 0, unscale", "True, unscale", "test_filter.py"
+        "filter: float16 not scaled back in dweight",
+        FILTER,
+        "hidden, unscale, fresh",
+        "hidden, None, fresh",
+        "test_filter.py",
+    ),
+    Mutation(
+        "filter: what kept rows add to the weight replaces that of dense ones",
+        FILTER,
+        "fresh and not n)",
+        "fresh)",
+        "test_filter.py",
+    ),
+    Mutation(
+        "filter: a later block of rows replaces the weight's sum",
+        FILTER,
+        "fresh and not n)",
+        "not n)",
+        "test_filter.py",
+    ),
+    Mutation(
+        "filter: values in the order of rows beside columns in theirs",
+        FILTER,
+        "values[order], hidden",
+        "values, hidden",
+        "test_filter.py",
     ),
     Mutation("filter: every rank drops the whole tolerance", FILTER, " / ranks\n", "\n", "test_process_group.py"),
     Mutation(
         "filter: the report counts dense rows as filtered",
         FILTER,
-        "report.count(places.shape[0], V, V)",
-        "pass",
+        "report.count(N, n, n * V",
+        "report.count(N, n, 0 * V",
         "test_filter.py",
+    ),
+    Mutation(
+        "filter: sums begin uninitialised",
+        PLAIN,
+        "out.copy_(sums) if fresh else out.add_(sums)",
+        "out.add_(sums)",
+        "test_filter.py",
+    ),
+    Mutation(
+        "triton filter: a signed sum",
+        TRITON,
+        "share = tl.abs(tl.load(row_ptr",
+        "share = (tl.load(row_ptr",
+        "test_filter.py",
+    ),
+    Mutation(
+        "triton filter: the sum of another threshold",
+        TRITON,
+        "tl.sum(s3, axis=0) <= limit, t3",
+        "tl.sum(s4, axis=0) <= limit, t3",
+        "test_filter.py",
+    ),
+    Mutation("triton filter: a nan goes", TRITON, " | (values != values)", "", "test_filter.py"),
+    Mutation("triton filter: targets not kept", TRITON, " | (offs_v == target)", "", "test_filter.py"),
+    Mutation(
+        "triton filter: each tile writes from the first place on",
+        TRITON,
+        "place = count + tl.cumsum",
+        "place = tl.cumsum",
+        "test_filter.py",
+    ),
+    Mutation(
+        "triton filter: a row that keeps too many is filtered",
+        TRITON,
+        "tl.where(count <= most, count, -1)",
+        "tl.minimum(count, most)",
+        "test_filter.py",
+    ),
+    Mutation("triton filter: segments read on", TRITON, "in_e = entry < last", "in_e = entry >= 0", "test_filter.py"),
+    Mutation(
+        "triton filter: a sum is not added", TRITON, "        if not FRESH:\n", "        if False:\n", "test_filter.py"
     ),
 ]
 

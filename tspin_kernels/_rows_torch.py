@@ -158,7 +158,7 @@ def keep_largest(dlogits: Tensor, targets: Tensor, limits: Tensor, most: int) ->
         low, high = torch.zeros_like(local), torch.full_like(local, _FRACTIONS)
         while bool((low < high).any()):
             middle = (low + high) // 2
-            left_out = share.masked_fill(~(share <= limit * fractions[middle]), 0).sum(1, keepdim=True)
+            left_out = torch.where(share <= limit * fractions[middle], share, 0.0).sum(1, keepdim=True)
             fits = left_out <= limit
             low, high = torch.where(fits, low, middle + 1).minimum(high), torch.where(fits, middle, high)
         threshold = torch.where(low == _FRACTIONS, -1.0, limit * fractions[low])
@@ -169,7 +169,8 @@ def keep_largest(dlogits: Tensor, targets: Tensor, limits: Tensor, most: int) ->
         count = is_kept.sum(1)
         is_kept &= (count <= most).unsqueeze(1)
         row, column = is_kept.nonzero(as_tuple=True)
-        place = (is_kept.cumsum(1) - 1)[row, column]
+        written = torch.where(count <= most, count, 0)
+        place = torch.arange(row.shape[0], device=row.device) - (written.cumsum(0) - written)[row]
         columns[tile][row, place] = column.int()
         values[tile][row, place] = dz[row, column]
         lengths[tile] = torch.where(count <= most, count, -1).int()

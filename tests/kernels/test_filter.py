@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tspin_kernels import FilterReport, _filter, linear_sequence_loss, linear_tspin_loss
@@ -249,7 +249,13 @@ def test_a_vocabulary_too_small_to_choose_from_is_dense(fused):
     torch.testing.assert_close(got["dweight"], evaluate(call, g, None, **options)["dweight"])
 
 
-@settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    phases=[Phase.generate],  # under the interpreter, to shrink takes minutes
+)
 @given(
     columns=st.sampled_from([1, 300, 2500]),
     most=st.sampled_from([0, 7, 400]),
