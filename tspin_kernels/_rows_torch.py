@@ -153,7 +153,7 @@ def keep_largest(dlogits: Tensor, targets: Tensor, limits: Tensor, most: int) ->
     for tile in _tiles(dlogits):
         dz, local, limit = dlogits[tile].to(dtype), targets[tile].unsqueeze(1), limits[tile].unsqueeze(1)
         share = dz.abs()
-        # The largest of the limit's fractions that leaves out no more than the limit, by bisection; -1 leaves out nothing.
+        # The largest of the limit's fractions that leaves out no more than the limit, by bisection; zero leaves out nothing.
         fractions = torch.tensor([*(_FRACTION**k for k in range(_FRACTIONS)), 0.0], dtype=dtype, device=dz.device)
         low, high = torch.zeros_like(local), torch.full_like(local, _FRACTIONS)
         while bool((low < high).any()):
@@ -161,9 +161,8 @@ def keep_largest(dlogits: Tensor, targets: Tensor, limits: Tensor, most: int) ->
             left_out = torch.where(share <= limit * fractions[middle], share, 0.0).sum(1, keepdim=True)
             fits = left_out <= limit
             low, high = torch.where(fits, low, middle + 1).minimum(high), torch.where(fits, middle, high)
-        threshold = torch.where(low == _FRACTIONS, -1.0, limit * fractions[low])
-        # Written so that a nan stays.
-        is_kept = ~(share <= threshold)
+        # Written so that a nan stays, and everything where the limit is nan.
+        is_kept = ~(share <= limit * fractions[low])
         hit = (local >= 0) & (local < V)
         is_kept.scatter_(1, local.clamp(0, V - 1), is_kept.gather(1, local.clamp(0, V - 1)) | hit)
         count = is_kept.sum(1)

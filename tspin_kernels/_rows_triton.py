@@ -251,8 +251,8 @@ def _keep_largest_kernel(
         s5 = _left_out(s5, share, t5)
         s6 = _left_out(s6, share, t6)
         s7 = _left_out(s7, share, t7)
-    # What leaves out nothing: a nan in the limit or in a sum ends here.
-    threshold = -1.0
+    # What leaves out nothing: where the limit or a sum is nan, it stays.
+    threshold = 0.0
     threshold = tl.where(tl.sum(s7, axis=0) <= limit, t7, threshold)
     threshold = tl.where(tl.sum(s6, axis=0) <= limit, t6, threshold)
     threshold = tl.where(tl.sum(s5, axis=0) <= limit, t5, threshold)

@@ -92,7 +92,15 @@ def assert_within_bound(got, exact, call, size, tolerance, scale=1.0, rounding=1
     seed=st.integers(0, 2**31),
     tolerance=st.sampled_from([0.0, 1e-3, 0.03, 0.06, 0.2, 0.35, 1.0]),
     with_entropy=st.booleans(),
-    transform=st.sampled_from([{}, {"temperature": 0.7}, {"logit_scale": -0.5}, {"softcap": 20.0, "temperature": 1.5}]),
+    transform=st.sampled_from(
+        [
+            {},
+            {"temperature": 0.7},
+            {"logit_scale": -0.5},
+            {"logit_scale": 0.1, "temperature": 0.1},
+            {"softcap": 20.0, "temperature": 1.5},
+        ]
+    ),
     cost=st.sampled_from([2, 16, 128]),
 )
 def test_no_error_exceeds_its_bound(kinds, seed, tolerance, with_entropy, transform, cost):
@@ -293,7 +301,7 @@ def test_what_a_row_keeps(fused, columns, most, dtype, tolerance, peak, bad, see
         torch.testing.assert_close(values[row, :length], buffer[row, kept].float(), rtol=0, atol=0, equal_nan=True)
         is_left = torch.ones(columns, dtype=torch.bool)
         is_left[kept] = False
-        assert share[is_left].isfinite().all() and (not is_left.any() or share[is_left].sum() <= 1.00001 * limit)
+        assert share[is_left].isfinite().all() and (not share[is_left].any() or share[is_left].sum() <= 1.00001 * limit)
         assert not 0 <= target < columns or not is_left[target]
         above = kept[kept != target]
         assert not is_left.any() or not len(above) or not share[above].min() < share[is_left].max()
