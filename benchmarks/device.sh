@@ -22,8 +22,9 @@ if [ -n "${PEERS:-}" ]; then
 fi
 status=0
 start=$SECONDS
-if [ "${TESTS:-tests/kernels}" != 0 ]; then
-    timeout $((seconds / 2)) python3 -m pytest ${TESTS:-tests/kernels} -n "${WORKERS:-8}" -q -ra 2>&1 | tee "$out/tests.log" | tail -n 15 || status=1
+if [ "${TESTS:-}" != 0 ]; then
+    tests=${TESTS:-tests/kernels tests/tspin/test_shared_attention.py tests/tspin/test_continuous.py}
+    timeout $((seconds / 2)) python3 -m pytest $tests -n "${WORKERS:-8}" -q -ra 2>&1 | tee "$out/tests.log" | tail -n 15 || status=1
 fi
 commit=(${COMMIT:+--commit "$COMMIT"})
 if [ "${WHAT:-logprobs}" = training ]; then

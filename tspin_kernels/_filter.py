@@ -73,7 +73,7 @@ def filter_bytes(head: Head, device: torch.device) -> tuple[int, int]:
     # PyTorch sums in the dtype of what it sums: the rows of the weight are widened.
     widened = 4 * V * D if is_narrow and head.rows is _rows_torch else 0
     # Place and value of an entry, and both again in the order of rows and of columns.
-    return (4 * V * D if is_narrow else 0) + widened, 64 * _most_kept(V, device)
+    return (4 * V * D if is_narrow else 0) + widened, 72 * _most_kept(V, device)
 
 
 @without_autocast
@@ -106,10 +106,12 @@ def compute_filtered_gradients(
     limit = tolerance * abs(head.transform.logit_scale) / head.transform.temperature / ranks
     columns, values, lengths = head.rows.keep_largest(store, targets - head.start, limit * size, _most_kept(V, device))
     is_dense = lengths < 0
-    sparse = (~is_dense).nonzero().squeeze(1)
-    lengths = lengths[sparse]
-    is_kept = torch.arange(columns.shape[1], device=device) < lengths.unsqueeze(1)
-    columns, values = columns[sparse][is_kept], values[sparse][is_kept]
+    # Entries in the order of rows.
+    row, place = (torch.arange(columns.shape[1], device=device) < lengths.unsqueeze(1)).nonzero(as_tuple=True)
+    columns, values = columns[row, place], values[row, place]
+    if grads.hidden is not None:
+        starts = torch.nn.functional.pad(lengths.clamp(min=0).cumsum(0), (1, 0))
+        head.rows.segment_sums(grads.hidden, starts, columns, values, head.weight, unscale, True)
     dense = to_front(is_dense, store)
     n = dense.shape[0]
     if report is not None:
@@ -121,16 +123,7 @@ def compute_filtered_gradients(
         multiply_out(head, hidden, index[dense], dlogits, unscale, gradients, fresh)
         if grads.hidden is not None and dhidden is not None:
             grads.hidden[dense] = dhidden
-    if grads.hidden is not None:
-        dhidden = grads.hidden.new_empty(sparse.shape[0], grads.hidden.shape[1])
-        head.rows.segment_sums(dhidden, _starts(lengths), columns, values, head.weight, unscale, True)
-        grads.hidden[sparse] = dhidden
     if grads.weight is not None:
         order = columns.argsort(stable=True)
-        rows = index[sparse].repeat_interleave(lengths, output_size=columns.shape[0])[order]
         starts = torch.searchsorted(columns[order], torch.arange(V + 1, device=device, dtype=columns.dtype))
-        head.rows.segment_sums(grads.weight, starts, rows, values[order], hidden, unscale, fresh and not n)
-
-
-def _starts(lengths: Tensor) -> Tensor:
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        head.rows.segment_sums(grads.weight, starts, index[row[order]], values[order], hidden, unscale, fresh and not n)

@@ -46,7 +46,7 @@ def tensors(layout, H=4, H_kv=2, d=8, dtype=torch.float64, seed=0):
 
 def outputs_and_gradients(attention, inputs, layout, scale=0.3, window=None):
     out = attention(*inputs[:3], layout, scale, window, *inputs[3:])
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
     return [out, *torch.autograd.grad(out, inputs, weight)]
 
 
@@ -74,6 +74,25 @@ def test_bf16_is_as_near_as_one_kernel_is():
     half = [x.detach().bfloat16().requires_grad_() for x in tensors(LAYOUT)]
     for got, want in zip(outputs_and_gradients(shared_prompt_attention, half, LAYOUT), exact, strict=True):
         assert (got - want).abs().max() < 0.03 * want.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("long", [1, 200, 10**9])
+def test_a_gpus_kernels_are_as_near(monkeypatch, long, window, with_sinks):
+    """The calls themselves, where the tests above have stand-ins; by root mean squares, since a GPU's tiles are larger."""
+    monkeypatch.setattr(attention, "_LONG", long)
+    layout = PrefixLayout(((150, (70, 1, 130)), (300, (33,)), (257, (64, 64, 64))))
+    exact = tensors(layout, d=64) + [torch.randn(4, dtype=torch.float64, requires_grad=True)] * with_sinks
+    half = [x.detach().bfloat16().cuda().requires_grad_() for x in exact]
+    runs = (
+        outputs_and_gradients(plain, exact, layout, window=window),
+        outputs_and_gradients(shared_prompt_attention, half, layout, window=window),
+    )
+    for want, got in zip(*runs, strict=True):
+        assert (got.cpu().double() - want).norm() < 0.02 * want.norm()
 
 
 def test_nothing_is_kept_for_the_backward_but_one_row():
