@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "tspin_kernels"
 PLAIN, TRITON, BLOCKS = "_rows_torch.py", "_rows_triton.py", "_blocks.py"
 RUN, OPS, SHARDS, FILTER = "_groups.py", "_token_ops.py", "_shards.py", "_filter.py"
+KEPT, KEPT_TRITON = "_sparse_torch.py", "_sparse_triton.py"
 TOKENS, GROUPS, SUMS = "_linear_logprobs.py", "_sequence_loss.py", "_sequences.py"
 VALUES = "test_linear_logprobs.py test_properties.py test_inputs_and_masks.py"
 SEQUENCES = "test_sequence_loss.py test_sequence_layout.py"
@@ -518,14 +519,14 @@ MUTATIONS = [
     # Filtering
     Mutation(
         "filter: nothing is looked at",
-        PLAIN,
+        KEPT,
         "fits = left_out <= limit",
         "fits = left_out <= limit + 9",
         "test_filter.py",
     ),
     Mutation(
         "filter: threshold on single columns",
-        PLAIN,
+        KEPT,
         "torch.where(share <= limit * fractions[middle], share, 0.0).sum(1, keepdim=True)",
         "torch.where(share <= limit * fractions[middle], share, 0.0).amax(1, keepdim=True)",
         "test_filter.py",
@@ -544,14 +545,14 @@ MUTATIONS = [
     ),
     Mutation(
         "filter: targets not kept",
-        PLAIN,
+        KEPT,
         "is_kept.gather(1, local.clamp(0, V - 1)) | hit",
         "is_kept.gather(1, local.clamp(0, V - 1))",
         "test_filter.py",
     ),
     Mutation(
         "filter: a nan goes",
-        PLAIN,
+        KEPT,
         "is_kept = ~(share <= limit * fractions[low])",
         "is_kept = share > limit * fractions[low]",
         "test_filter.py",
@@ -610,44 +611,50 @@ MUTATIONS = [
     ),
     Mutation(
         "filter: sums begin uninitialised",
-        PLAIN,
+        KEPT,
         "out.copy_(sums) if fresh else out.add_(sums)",
         "out.add_(sums)",
         "test_filter.py",
     ),
     Mutation(
         "triton filter: a signed sum",
-        TRITON,
+        KEPT_TRITON,
         "share = tl.abs(tl.load(row_ptr",
         "share = (tl.load(row_ptr",
         "test_filter.py",
     ),
     Mutation(
         "triton filter: the sum of another threshold",
-        TRITON,
+        KEPT_TRITON,
         "tl.sum(s3, axis=0) <= limit, t3",
         "tl.sum(s4, axis=0) <= limit, t3",
         "test_filter.py",
     ),
-    Mutation("triton filter: a nan goes", TRITON, " | (values != values)", "", "test_filter.py"),
-    Mutation("triton filter: targets not kept", TRITON, " | (offs_v == target)", "", "test_filter.py"),
+    Mutation("triton filter: a nan goes", KEPT_TRITON, " | (values != values)", "", "test_filter.py"),
+    Mutation("triton filter: targets not kept", KEPT_TRITON, " | (offs_v == target)", "", "test_filter.py"),
     Mutation(
         "triton filter: each tile writes from the first place on",
-        TRITON,
+        KEPT_TRITON,
         "place = count + tl.cumsum",
         "place = tl.cumsum",
         "test_filter.py",
     ),
     Mutation(
         "triton filter: a row that keeps too many is filtered",
-        TRITON,
+        KEPT_TRITON,
         "tl.where(count <= most, count, -1)",
         "tl.minimum(count, most)",
         "test_filter.py",
     ),
-    Mutation("triton filter: segments read on", TRITON, "in_e = entry < last", "in_e = entry >= 0", "test_filter.py"),
     Mutation(
-        "triton filter: a sum is not added", TRITON, "        if not FRESH:\n", "        if False:\n", "test_filter.py"
+        "triton filter: segments read on", KEPT_TRITON, "in_e = entry < last", "in_e = entry >= 0", "test_filter.py"
+    ),
+    Mutation(
+        "triton filter: a sum is not added",
+        KEPT_TRITON,
+        "        if not FRESH:\n",
+        "        if False:\n",
+        "test_filter.py",
     ),
 ]
 

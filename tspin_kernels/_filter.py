@@ -15,11 +15,12 @@ The column of a row's target is always kept, and the gradient of the bias is exa
 """
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from tspin_kernels import _rows_torch
+from tspin_kernels import _rows_torch, _sparse_torch
 from tspin_kernels._blocks import (
     Gradients,
     Head,
@@ -62,6 +63,15 @@ class FilterReport:
         self.kept_entries += kept_entries
 
 
+def sparse_module(rows: ModuleType) -> ModuleType:
+    """The module for what is kept, beside a module of row kernels."""
+    if rows is _rows_torch:
+        return _sparse_torch
+    from tspin_kernels import _sparse_triton
+
+    return _sparse_triton
+
+
 def _most_kept(V: int, device: torch.device) -> int:
     """How many columns a row may keep and still gain."""
     return V // _ENTRY_COST.get(device.type, _ENTRY_COST_ELSEWHERE)
@@ -95,7 +105,7 @@ def compute_filtered_gradients(
     Row i of `grads.hidden` [N, D] is written, and the gradient of the weight, in float32 or wider; not `fresh`: that is added. The
     bias' is always added.
     """
-    (N, V), device = store.shape, store.device
+    (N, V), device, sparse = store.shape, store.device, sparse_module(head.rows)
     # In place: columns are chosen by what is not yet rounded.
     store, unscale = form_gradient(head, store, targets, stats, upstream, for_products=False)
     add_column_sums(grads.bias, store, unscale)
@@ -104,14 +114,14 @@ def compute_filtered_gradients(
     # What all ranks drop together stays within the tolerance.
     ranks = 1 if head.shard is None else head.shard.ranks
     limit = tolerance * abs(head.transform.logit_scale) / head.transform.temperature / ranks
-    columns, values, lengths = head.rows.keep_largest(store, targets - head.start, limit * size, _most_kept(V, device))
+    columns, values, lengths = sparse.keep_largest(store, targets - head.start, limit * size, _most_kept(V, device))
     is_dense = lengths < 0
     # Entries in the order of rows.
     row, place = (torch.arange(columns.shape[1], device=device) < lengths.unsqueeze(1)).nonzero(as_tuple=True)
     columns, values = columns[row, place], values[row, place]
     if grads.hidden is not None:
         starts = torch.nn.functional.pad(lengths.clamp(min=0).cumsum(0), (1, 0))
-        head.rows.segment_sums(grads.hidden, starts, columns, values, head.weight, unscale, True)
+        sparse.segment_sums(grads.hidden, starts, columns, values, head.weight, unscale, True)
     dense = to_front(is_dense, store)
     n = dense.shape[0]
     if report is not None:
@@ -126,4 +136,4 @@ def compute_filtered_gradients(
     if grads.weight is not None:
         order = columns.argsort(stable=True)
         starts = torch.searchsorted(columns[order], torch.arange(V + 1, device=device, dtype=columns.dtype))
-        head.rows.segment_sums(grads.weight, starts, index[row[order]], values[order], hidden, unscale, fresh and not n)
+        sparse.segment_sums(grads.weight, starts, index[row[order]], values[order], hidden, unscale, fresh and not n)

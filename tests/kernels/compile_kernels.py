@@ -23,6 +23,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from tspin_kernels import _rows_triton as rows
+from tspin_kernels import _sparse_triton as sparse
 from tspin_kernels._inputs import LogitTransform
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -58,12 +59,12 @@ def launch(logits: torch.dtype, dlogits: torch.dtype, bias: torch.dtype, flags: 
         into = products if logits == dlogits else gradient
         rows.dlogits_(products, into, *common, row, row, entropy, g, entropy, q, transform)
         rows.scale_(gradient, row[0])
-        rows.keep_largest(products, common[1], row, max(1, V // 256))
+        sparse.keep_largest(products, common[1], row, max(1, V // 256))
         for index, fresh in ((torch.int32, True), (torch.int64, False)):
             entries, starts = torch.empty(900000, dtype=index), torch.empty(V + 1, dtype=torch.int64)
             factor, operand = row[0] if has[1] else None, torch.empty(8192, 896, dtype=dlogits)
             into = torch.empty(V, 896, dtype=dlogits if fresh else torch.float32)
-            rows.segment_sums(into, starts, entries, row, operand, factor, fresh)
+            sparse.segment_sums(into, starts, entries, row, operand, factor, fresh)
 
 
 def spilled(compiled: CompiledKernel) -> int:

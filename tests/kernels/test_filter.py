@@ -284,7 +284,7 @@ def test_what_a_row_keeps(fused, columns, most, dtype, tolerance, peak, bad, see
         buffer[4, columns // 2] = bad
     targets = torch.randint(-2, columns + 2, (9,), generator=draw)
     limits = tolerance * buffer.float().abs().nan_to_num(0, posinf=0).sum(1)
-    kernels = rows_module(fused.backend, torch.device(fused.device))
+    kernels = _filter.sparse_module(rows_module(fused.backend, torch.device(fused.device)))
     found = kernels.keep_largest(*(t.to(fused.device) for t in (buffer, targets, limits)), most)
     places, values, lengths = (t.cpu() for t in found)
     assert places.dtype == lengths.dtype == torch.int32 and values.dtype == torch.float32
@@ -328,7 +328,7 @@ def test_segments_are_summed(fused, dtype, width, fresh, factor):
     out, starts, index, values, operand = (
         t.to(fused.device) for t in (before.fill_(math.nan) if fresh else before, starts, index, values, operand)
     )
-    kernels = rows_module(fused.backend, torch.device(fused.device))
+    kernels = _filter.sparse_module(rows_module(fused.backend, torch.device(fused.device)))
     scale = None if factor is None else torch.tensor(factor, device=fused.device)
     kernels.segment_sums(out, starts, index, values, operand, scale, fresh)
     torch.testing.assert_close(out.cpu().double(), want, rtol=1e-5, atol=1e-5)
@@ -336,7 +336,7 @@ def test_segments_are_summed(fused, dtype, width, fresh, factor):
 
 def test_no_entry_at_all(fused):
     out = torch.full((3, 4), 2.0, device=fused.device)
-    kernels = rows_module(fused.backend, torch.device(fused.device))
+    kernels = _filter.sparse_module(rows_module(fused.backend, torch.device(fused.device)))
     starts, nothing = torch.zeros(4, dtype=torch.int64, device=fused.device), torch.empty(0, device=fused.device)
     kernels.segment_sums(out, starts, nothing.long(), nothing, torch.ones(5, 4, device=fused.device), None, False)
     assert (out == 2).all()
