@@ -102,6 +102,7 @@ def page(rows: Rows, figures: Sequence[str] = ()) -> str:
         "## Controls",
         "The last policy: mean and standard deviation over seeds, and the difference from the first arm of each block.",
         _controls_table(study),
+        _fine_tuned(study),
         pictures.get("controls.png", ""),
         "## Tuning",
         _TUNING,
@@ -162,6 +163,18 @@ def _controls_table(study: Study) -> str:
     return _table(
         ["arm", "seeds", "greedy", "sampled", "fresh y<y'", "greedy, difference", "sampled, difference"], lines
     )
+
+
+def _fine_tuned(study: Study) -> str:
+    """What becomes of a pi_0 that was fine-tuned on the same prompts before, in words; empty before there are arms."""
+    if not any(study.arms.get(name) for name in MENDING):
+        return ""
+    change = lambda key: lambda row: last(key)(row) - at(-1, key)(row)
+    parts = []
+    for name in MENDING:
+        greedy, sampled = (shown(study.estimate(name, change(key)), True) for key in (plan.SCORE, SAMPLED))
+        parts.append(f"{name.removeprefix('fine-tuned, ')} by {greedy} greedy and {sampled} sampled")
+    return f"From a pi_0 that SFT had already fine-tuned on the same prompts, the last policy differs from it: {'; '.join(parts)}."
 
 
 def _tuning_table(rows: Rows, rates: Mapping[str, float]) -> str:
