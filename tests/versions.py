@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOWERED = ("torch", "triton", "transformers")
 # What comes with a transformers and cannot be held at the pin of another.
-RAISED = ("transformers", "tokenizers", "safetensors", "huggingface_hub", "hf-xet")
+RAISED = ("transformers", "tokenizers", "safetensors", "huggingface_hub", "hf-xet", "peft")
 TOLD = (
     "torch",
     "triton",
