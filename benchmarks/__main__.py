@@ -119,6 +119,7 @@ def _training(options: argparse.Namespace) -> int:
     common["seconds"] = options.seconds
     if options.command == "train_step":
         usual = "16384x512,512x512,512x512x8" if gpu else "1024x256,1024x128,256x256"
+        # One triplet where no number is given.
         texts = [f"{text}x1" for text in (options.lengths or usual).split(",")]
         lengths = [tuple(int(size) for size in text.split("x")[:3]) for text in texts]
         rows = long_context.train_step(pairs, lengths, **common)

@@ -154,7 +154,7 @@ def gradient_errors(exact: Gradients, got: tuple[Tensor | None, Tensor | None]) 
 
 
 def certified_errors(exact: Gradients, upstream: Tensor, workload: Workload, tolerance: float) -> dict[str, float]:
-    """What column filtering within `tolerance` may add to each of `gradient_errors`, by its documented bounds."""
+    """What filtering within `tolerance` may add to each of `gradient_errors`, by its documented bounds."""
     e = tolerance * upstream.abs().double()
     longest = workload.weight.float().norm(dim=1).max().item()
     spread = (e * workload.hidden.float().norm(dim=1)).sum().item()

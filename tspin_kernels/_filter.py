@@ -40,7 +40,7 @@ _ENTRY_COST_ELSEWHERE = 256
 
 @dataclass
 class FilterReport:
-    """What column filtering left to multiply, summed over the calls that were given this report.
+    """What filtering kept, summed over the calls that were given this report.
 
     Counts rows that have a gradient; with a process group, of this rank's columns.
     """
@@ -52,7 +52,7 @@ class FilterReport:
 
     @property
     def kept_fraction(self) -> float:
-        """What is left of the products of the backward: 1 where nothing was filtered."""
+        """What is left of the entries that the backward multiplies out: 1 where nothing was filtered."""
         return self.kept_entries / self.entries if self.entries else 1.0
 
     def count(self, rows: int, dense_rows: int, kept_entries: int, V: int) -> None:
@@ -114,7 +114,9 @@ def compute_filtered_gradients(
     # What all ranks drop together stays within the tolerance.
     ranks = 1 if head.shard is None else head.shard.ranks
     limit = tolerance * abs(head.transform.logit_scale) / head.transform.temperature / ranks
-    columns, values, lengths = sparse.keep_largest(store, targets - head.start, limit * size, _most_kept(V, device))
+    # Of a row that is not finite nothing may go.
+    limits = (limit * size).nan_to_num(0, posinf=0)
+    columns, values, lengths = sparse.keep_largest(store, targets - head.start, limits, _most_kept(V, device))
     is_dense = lengths < 0
     # Entries in the order of rows.
     row, place = (torch.arange(columns.shape[1], device=device) < lengths.unsqueeze(1)).nonzero(as_tuple=True)

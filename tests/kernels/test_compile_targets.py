@@ -79,7 +79,6 @@ def test_filtering_reads_whole_vectors():
         [kind for kind in ("LDG.E.128", "LDG.E.U16", "LDG.E.64") for _, text in lines if kind in text]
         for lines in (keep, sums)
     ]
-    print(kinds, len(keep), len(sums))
     assert kinds[0].count("LDG.E.128") >= 2 and "LDG.E.U16" not in kinds[0]
     assert kinds[1].count("LDG.E.128") >= 4
 

@@ -372,6 +372,24 @@ def test_the_command_writes_where_it_is_told(tmp_path, monkeypatch, capsys, undr
         assert path.parent.name in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("run.json", "7"),
+        ("run.json", '{"versions": 7}'),
+        ("state.json", "[]"),
+        ("state.json", '{"done": 7}'),
+        ("timings.jsonl", '{"stage": "pairs", "finished": true}\n'),
+        ("timings.jsonl", '{"stage": "pairs", "finished": true, "seconds": "7"}\n'),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path, undrawn, name, content):
+    (tmp_path / "config.yaml").write_text("model_name_or_path: m\ndataset: d\n")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}.* is damaged: .*restore it, or delete the file"):
+        write_report(tmp_path)
+
+
 def test_a_directory_without_a_run_is_refused(tmp_path, undrawn):
     with pytest.raises(ValueError, match=r"run: want a run directory, got .* no config.yaml"):
         write_report(tmp_path)
