@@ -39,7 +39,6 @@ def main(arguments: list[str] | None = None) -> int:
     longest = _add_training(commands, "memory", "the longest triplet that fits, and the peak against length")
     longest.add_argument("--ratios", default="8,1", help="tokens of the prompt by tokens of each response")
     longest.add_argument("--caps", help="GiB, or none for the whole GPU, separated by commas")
-    longest.add_argument("--implementations", help="only these, separated by commas")
     _add_common(
         commands.add_parser("prediction", help="peaks that `tspin check` predicts, beside a GPU's own count"), 60
     )
@@ -85,6 +84,7 @@ def _add_training(commands: Any, name: str, text: str) -> argparse.ArgumentParse
         "--models", help="names of benchmarks.training; the two of the goals on a GPU, a small one without"
     )
     run.add_argument("--methods", help="full, lora or both; on a GPU the one of the goals")
+    run.add_argument("--implementations", help="only these, separated by commas")
     _add_common(run, 300)
     return run
 
@@ -117,18 +117,18 @@ def _training(options: argparse.Namespace) -> int:
         pairs = [(model, method) for model in models for method in methods]
     common = {"device": device, "out": _rows_path(options.out, device), "commit": options.commit}
     common["seconds"] = options.seconds
+    names = options.implementations.split(",") if options.implementations else list(training.IMPLEMENTATIONS)
     if options.command == "train_step":
         usual = "16384x512,512x512,512x512x8" if gpu else "1024x256,1024x128,256x256"
         # One triplet where no number is given.
         texts = [f"{text}x1" for text in (options.lengths or usual).split(",")]
         lengths = [tuple(int(size) for size in text.split("x")[:3]) for text in texts]
-        rows = long_context.train_step(pairs, lengths, **common)
+        rows = long_context.train_step(pairs, lengths, names, **common)
     else:
         caps = [
             None if cap == "none" else float(cap) for cap in (options.caps or ("24,none" if gpu else "0.25")).split(",")
         ]
         ratios = [float(ratio) for ratio in options.ratios.split(",")]
-        names = options.implementations.split(",") if options.implementations else list(training.IMPLEMENTATIONS)
         rows = long_context.memory(pairs, ratios, caps, names, **common)
     print(tables.training_table(rows))
     ours = [row for row in rows if row["implementation"] == "tspin"]

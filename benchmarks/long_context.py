@@ -71,6 +71,7 @@ def _set_cap(device: torch.device, cap_gib: float | None) -> None:
 def train_step(
     cells: list[tuple[str, str]],
     lengths: list[tuple[int, int, int]],
+    implementations: Sequence[str] = tuple(IMPLEMENTATIONS),
     *,
     device: torch.device,
     seconds: float,
@@ -90,7 +91,7 @@ def train_step(
             left = (len(cells) - number) * len(lengths) - at
             until = time.monotonic() + max(0.0, deadline - time.monotonic()) / left
             triplets, found = make_triplets(prompt, response, arms.vocab, device, count), {}
-            for name in IMPLEMENTATIONS:
+            for name in implementations:
                 row = _common("train_step", device, commit, model=model, method=method, implementation=name)
                 found[name] = row | _lengths(prompt, response, count) | {"refused": refused.get(name)}
                 if name not in refused:

@@ -221,8 +221,8 @@ def recompute_budget(workload: Workload) -> int:
 
 
 def wide_store_budget(workload: Workload) -> int:
-    """`store_budget` for logits in float32."""
-    return store_budget(workload) + workload.case.logits_bytes * (4 // workload.case.dtype.itemsize - 1)
+    """`store_budget` for logits in float32, whose gradient lies beside them in the inputs' dtype."""
+    return store_budget(workload) + 4 * workload.case.N * workload.case.V
 
 
 def filtered_budget(workload: Workload) -> int:

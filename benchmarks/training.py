@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from benchmarks import measure
-from tspin.model import head_of
+from tspin.model import head_of, install_scoring, score_batch
 from tspin.prefix import NAME, PrefixLayout, layout_inputs
-from tspin_kernels import linear_tspin_loss, tspin_loss
+from tspin.sequential import backward_one_by_one
+from tspin_kernels import SequenceStats, linear_tspin_loss, tspin_loss
 
 MEMBERS, BETA = 3, 0.1
 METHODS = ("full", "lora")
@@ -143,12 +144,33 @@ def _tspin(model: Any, triplets: Triplets) -> Tensor:
     return _fused_loss(model, hidden, triplets, triplets.packed_rows())
 
 
+def _tspin_sequential(model: Any, triplets: Triplets) -> Tensor:
+    input_ids, layout = triplets.packed()
+    batch = {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "rows": triplets.packed_rows(),
+        "targets": triplets.responses.flatten(),
+        "sequence_ids": triplets.sequence_ids(),
+        "lengths": torch.full(triplets.responses.shape[:2], triplets.responses.shape[2], device=input_ids.device),
+        "prefix_layout": layout,
+    }
+
+    def loss_fn(sequences: SequenceStats) -> Tensor:
+        return tspin_loss(*sequences.logprobs.unbind(1), alpha=triplets.alpha, beta=BETA)
+
+    score, number = partial(score_batch, model), len(triplets.prompts)
+    return backward_one_by_one(score, lambda loss: loss.backward(), batch, loss_fn, normalizer=number)[0]
+
+
 IMPLEMENTATIONS: dict[str, Callable[[Any, Triplets], Tensor]] = {
     "naive": _naive,
     "trl_style": _trl_style,
     "tspin_separate": _tspin_separate,
     "tspin": _tspin,
+    "tspin_sequential": _tspin_sequential,
 }
+_SHARING = ("tspin", "tspin_sequential")
 
 
 def _core(model: Any) -> Any:
@@ -174,6 +196,7 @@ class Arms:
             from peft import LoraConfig, get_peft_model
 
             model = get_peft_model(model, LoraConfig(r=16, target_modules=LORA_MODULES, task_type="CAUSAL_LM"))
+        install_scoring(model)
         self.model: nn.Module = model.train()
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.RMSprop(self.trainable, lr=1e-7)
@@ -181,7 +204,7 @@ class Arms:
     def backward(self, implementation: str, triplets: Triplets) -> Tensor:
         """The loss, its gradient left in the parameters."""
         # Until the backward is done, which runs the layers again.
-        _core(self.model).set_attn_implementation(NAME if implementation == "tspin" else "sdpa")
+        _core(self.model).set_attn_implementation(NAME if implementation in _SHARING else "sdpa")
         loss = IMPLEMENTATIONS[implementation](self.model, triplets)
         loss.backward()
         return loss.detach()

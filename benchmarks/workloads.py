@@ -52,9 +52,8 @@ CASES = (
     ),
     # Blocks of logits that stay in the L2 cache of a GPU, and such that do not.
     *(
-        Case(
-            f"n8192-d4096-v151936-{mib}mib", 8192, 4096, 151936, ("l2",), torch.bfloat16, mib * 2**20, ("tspin:infer",)
-        )
+        Case(f"n8192-d{D}-v151936-{mib}mib", 8192, D, 151936, ("l2",), torch.bfloat16, mib * 2**20, ("tspin:infer",))
+        for D in (4096, 896)
         for mib in (24, 40, 256)
     ),
     *(
