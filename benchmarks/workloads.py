@@ -48,6 +48,7 @@ CASES = (
         4096,
         151936,
         ("long",),
+        memory_budget=4 * 2**30,
         implementations=("naive", "trl", "liger_flsce", "tspin:recompute", "tspin:infer"),
     ),
     # Blocks of logits that stay in the L2 cache of a GPU, and such that do not.

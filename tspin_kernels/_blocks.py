@@ -21,6 +21,7 @@ from tspin_kernels._shards import Shard
 _NARROW = (torch.float16, torch.bfloat16)
 # A product on its way into a wider sum is made in slices of at most this.
 _PRODUCT_BYTES = 64 * 2**20
+_ALIGNED = 256
 
 
 class RowStats(NamedTuple):
@@ -162,7 +163,12 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool, unscale: Tensor 
     if out.dtype == a.dtype and unscale is None:
         torch.mm(a, b, out=out) if first else out.addmm_(a, b)
         return
-    for start, stop in _steps(a.shape[0], max(1, _PRODUCT_BYTES // (4 * b.shape[1]))):
+    if first and unscale is None and a.device.type != "cpu":
+        product(a, b, out.dtype, out)
+        return
+    step = max(1, _PRODUCT_BYTES // (4 * b.shape[1]))
+    # Slices that start where a GPU's matrix units can load.
+    for start, stop in _steps(a.shape[0], step - step % _ALIGNED or step):
         part = product(a[start:stop], b, accumulate_dtype(a.dtype))
         if unscale is not None:
             part.mul_(unscale)
@@ -171,6 +177,11 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool, unscale: Tensor 
 
 def _steps(size: int, step: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _from_column(targets: Tensor, start: int) -> Tensor:
+    # Counted from that column of the vocabulary on.
+    return targets - start if start else targets
 
 
 def take(hidden: Tensor, index: Tensor | None, start: int, stop: int) -> Tensor:
@@ -214,7 +225,7 @@ def compute_stats(
     store: Tensor | None = None,
 ) -> RowStats:
     """Statistics of the rows `hidden[index]` against `targets` [N]. `store` [N, V] keeps the products for `form_gradient`."""
-    N, targets = targets.shape[0], targets - head.start
+    N = targets.shape[0]
     m = torch.full((N,), -torch.inf, dtype=accumulate_dtype(head.compute_dtype), device=hidden.device)
     s = torch.zeros_like(m)
     u = torch.zeros_like(m) if with_entropy else None
@@ -230,7 +241,7 @@ def compute_stats(
             head.rows.row_stats_(
                 logits,
                 part.bias,
-                targets[r0:r1] - c0,
+                _from_column(targets[r0:r1], head.start + c0),
                 m[r0:r1],
                 s[r0:r1],
                 None if u is None else u[r0:r1],
@@ -238,7 +249,7 @@ def compute_stats(
                 head.transform,
             )
     if head.shard is not None:
-        m, s, u, target_logit = head.shard.merge(m, s, u, target_logit, targets)
+        m, s, u, target_logit = head.shard.merge(m, s, u, target_logit, targets - head.start)
     log_s = s.log()
     return RowStats(m, log_s, (target_logit - m) - log_s, None if u is None else log_s - u / s)
 
@@ -260,7 +271,7 @@ def compute_gradients(
     Row i of `grads.hidden` [N, D] belongs to `hidden[index[i]]` and is always written. Not `fresh`: that of the weight is added.
     The bias' is always added.
     """
-    N, targets = targets.shape[0], targets - head.start
+    N = targets.shape[0]
     upstream, unscale = rescale(upstream, head.compute_dtype)
     row_steps, col_steps = _steps(N, blocks.rows), _steps(head.V, blocks.cols)
     if blocks.tokens_inner:
@@ -281,7 +292,8 @@ def compute_gradients(
         rows = take(hidden, index, r0, r1).to(head.compute_dtype)
         logits, dlogits = (each.block(r0, r1, c0, c1) for each in (buffer, gradients))
         part.project(rows, logits)
-        _form_dlogits(part, logits, dlogits, targets[block] - c0, stats.take(block), upstream.take(block))
+        local = _from_column(targets[block], head.start + c0)
+        _form_dlogits(part, logits, dlogits, local, stats.take(block), upstream.take(block))
         dhidden.add(r0, r1, dlogits, part.weight, c0 == 0, c1 == head.V)
         dweight.add(c0, c1, dlogits.T, rows, r0 == 0, r1 == N)
         add_column_sums(None if grads.bias is None else grads.bias[c0:c1], dlogits, unscale)
@@ -296,7 +308,7 @@ def form_gradient(
     upstream, unscale = rescale(upstream, head.compute_dtype)
     is_apart = for_products and head.logits_dtype != head.compute_dtype
     dlogits = torch.empty_like(store, dtype=head.compute_dtype) if is_apart else store
-    _form_dlogits(head, store, dlogits, targets - head.start, stats, upstream)
+    _form_dlogits(head, store, dlogits, _from_column(targets, head.start), stats, upstream)
     return dlogits, unscale
 
 
@@ -373,23 +385,20 @@ def rescale(upstream: Upstream, dtype: torch.dtype) -> tuple[Upstream, Tensor | 
     return Upstream(*(None if g is None else g * scale for g in upstream)), 1 / scale
 
 
-def to_front(kept: Tensor, store: Tensor | None) -> Tensor:
-    """Places of the rows that `kept` [N] marks, in the order in which they then stand at the front of `store` [N, V].
+def to_front(kept: Tensor, count: int, store: Tensor | None, rows: ModuleType) -> Tensor:
+    """Places of the `count` rows that `kept` [N] marks, in the order in which they then stand at the front of `store` [N, V].
 
     A row from the back takes the place of one at the front that is left out: to leave a row out costs at most one copied
     row, as much as its dlogits would have; gathering would copy all that stay.
     """
-    places = kept.nonzero().squeeze(1)
-    count = places.shape[0]
-    if count == kept.shape[0]:
-        return places
-    holes = (~kept[:count]).nonzero().squeeze(1)
-    moved = places[count - holes.shape[0] :]
     order = torch.arange(count, device=kept.device)
-    order[holes] = moved
-    if store is not None and holes.shape[0]:
-        # In steps, so that the copy in flight is small beside the store.
-        step = -(-holes.shape[0] // 16)
-        for into, origin in zip(holes.split(step), moved.split(step), strict=True):
-            store.index_copy_(0, into, store.index_select(0, origin))
+    if count in (0, kept.shape[0]):
+        return order
+    places = torch.sort(kept, descending=True, stable=True).indices[:count]
+    is_hole = ~kept[:count]
+    holes = is_hole.cumsum(0)
+    # The last ones of `places` stand at the back, as many as there are holes.
+    order = torch.where(is_hole, places[(holes + (count - 1) - holes[-1]).clamp(min=0)], order)
+    if store is not None:
+        rows.move_rows_(store, order)
     return order

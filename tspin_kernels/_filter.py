@@ -32,6 +32,7 @@ from tspin_kernels._blocks import (
     to_front,
     without_autocast,
 )
+from tspin_kernels._inputs import HostCopy
 
 # Entries of a dense row that cost as much as one that is kept: estimates, for the CPU and for an H200.
 _ENTRY_COST = {"cpu": 16}
@@ -80,10 +81,10 @@ def _most_kept(V: int, device: torch.device) -> int:
 def filter_bytes(head: Head, device: torch.device) -> tuple[int, int]:
     """Bytes that filtering takes beside the store: of a call, and of each of its rows."""
     V, D, is_narrow = head.widest, head.weight.shape[1], head.compute_dtype.itemsize < 4
-    # PyTorch sums in the dtype of what it sums: the rows of the weight are widened.
-    widened = 4 * V * D if is_narrow and head.rows is _rows_torch else 0
+    # PyTorch sums in the dtype of what it sums, rows of the weight and its gradient both.
+    widened = 8 * V * D if is_narrow and head.rows is _rows_torch else 0
     # Place and value of an entry, and both again in the order of rows and of columns.
-    return (4 * V * D if is_narrow else 0) + widened, 72 * _most_kept(V, device)
+    return sparse_module(head.rows).SCRATCH + widened, 72 * _most_kept(V, device)
 
 
 @without_autocast
@@ -96,19 +97,21 @@ def compute_filtered_gradients(
     upstream: Upstream,
     grads: Gradients,
     store: Tensor,
+    live: Tensor,
     tolerance: float,
     report: FilterReport | None,
     fresh: bool,
 ) -> None:
     """`compute_gradients` within a tolerance, from the products in `store` [N, V], which is destroyed.
 
-    Row i of `grads.hidden` [N, D] is written, and the gradient of the weight, in float32 or wider; not `fresh`: that is added. The
-    bias' is always added.
+    Row i of `grads.hidden` [N, D] is written, and the gradient of the weight; not `fresh`: that is added. The bias' is always
+    added. `live` [N]: which rows have a gradient.
     """
-    (N, V), device, sparse = store.shape, store.device, sparse_module(head.rows)
+    V, device, sparse = store.shape[1], store.device, sparse_module(head.rows)
     # In place: columns are chosen by what is not yet rounded.
     store, unscale = form_gradient(head, store, targets, stats, upstream, for_products=False)
-    add_column_sums(grads.bias, store, unscale)
+    if grads.bias is not None:
+        add_column_sums(grads.bias, store.masked_fill_(~live.unsqueeze(1), 0), unscale)
     size = torch.stack([gradient.abs() for gradient in upstream if gradient is not None]).sum(0)
     size = size if unscale is None else size / unscale
     # What all ranks drop together stays within the tolerance.
@@ -117,17 +120,19 @@ def compute_filtered_gradients(
     # Of a row that is not finite nothing may go.
     limits = (limit * size).nan_to_num(0, posinf=0)
     columns, values, lengths = sparse.keep_largest(store, targets - head.start, limits, _most_kept(V, device))
+    lengths = torch.where(live, lengths, 0)
     is_dense = lengths < 0
-    # Entries in the order of rows.
+    counts = HostCopy(torch.stack([live.sum(), is_dense.sum()]))
+    # Entries in the order of rows; a GPU is waited for.
     row, place = (torch.arange(columns.shape[1], device=device) < lengths.unsqueeze(1)).nonzero(as_tuple=True)
+    rows, n = counts.read()
     columns, values = columns[row, place], values[row, place]
     if grads.hidden is not None:
         starts = torch.nn.functional.pad(lengths.clamp(min=0).cumsum(0), (1, 0))
         sparse.segment_sums(grads.hidden, starts, columns, values, head.weight, unscale, True)
-    dense = to_front(is_dense, store)
-    n = dense.shape[0]
+    dense = to_front(is_dense, n, store, head.rows)
     if report is not None:
-        report.count(N, n, n * V + columns.shape[0], V)
+        report.count(rows, n, n * V + columns.shape[0], V)
     if n:
         dhidden = None if grads.hidden is None else grads.hidden.new_empty(n, grads.hidden.shape[1])
         gradients = Gradients(dhidden, grads.weight, None)

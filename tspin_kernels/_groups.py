@@ -4,7 +4,7 @@ The products and row work are the engine's (`_blocks.py`); nothing here knows of
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -68,7 +68,7 @@ class Rows(NamedTuple):
     index: Tensor  # [N] into hidden
     may_repeat: bool  # whether several of them may be one row of hidden
     targets: Tensor  # [N]
-    ids: Tensor  # [N] sequence of each row
+    ids: Tensor  # [N] sequence of each row, an integer of any width
     lengths: Tensor  # [G, group_size]
 
     @property
@@ -119,10 +119,11 @@ def select_rows(
         # Whoever is out of range is told so later, and reads no memory that is not there.
         ids = ids.clamp(0, max(0, num_groups * group_size - 1))
         rows = None if rows is None else rows.clamp(0, max(0, H - 1))
-    order = torch.sort(ids, stable=True).indices
+    # A GPU sorts two bytes in two passes, eight in eight.
+    ids, order = torch.sort(ids.to(torch.int16 if num_groups * group_size < 2**15 else torch.int64), stable=True)
     if ignore_index is not None:
-        order = order[targets[order] != ignore_index]
-    ids = ids[order]
+        counts = (targets[order] != ignore_index).nonzero().squeeze(1)
+        ids, order = ids[counts], order[counts]
     lengths = run_lengths(ids, num_groups * group_size).view(num_groups, group_size)
     index = order if rows is None else rows[order]
     return Rows(index, rows is not None, targets[order], ids, lengths)
@@ -164,7 +165,7 @@ class _HiddenGradient:
 
 def _live_rows(upstream: Upstream) -> Tensor:
     # Which rows [N] may have a gradient: all but those of upstream gradients that are exactly zero. A nan is not zero.
-    return torch.stack([gradient != 0 for gradient in upstream if gradient is not None]).any(0)
+    return reduce(torch.logical_or, [gradient != 0 for gradient in upstream if gradient is not None])
 
 
 class Range(NamedTuple):
@@ -218,7 +219,7 @@ def run_groups(
     dtype = accumulate_dtype(head.compute_dtype)
     one_pass = ranges is not None
     # Several blocks, or a float16 gradient that waits for its scale, are summed in float32.
-    is_sum = ranges is not None and (filtered or len(ranges) > 1)
+    is_sum = ranges is not None and len(ranges) > 1
     wide = dtype if head.compute_dtype == torch.float16 or is_sum else None
     hidden_dtype = dtype if head.compute_dtype == torch.float16 or head.shard is not None else hidden.dtype
     hidden_gradient = _HiddenGradient(hidden, rows, hidden_dtype) if wanted[0] else None
@@ -255,32 +256,33 @@ def run_groups(
         parts.append((losses, sequences))
         if n == 0:
             continue
-        local = rows.ids[block] - g0 * group_size
+        local = rows.ids[block].long() - g0 * group_size
         upstream = Upstream(
             *(None if d is None else (d / call.normalizer).reshape(-1)[local].to(dtype) for d in (dlogprobs, dentropy))
         )
         selected: Tensor | slice = block
-        live = _live_rows(upstream)
-        if store is not None and not filtered:
-            # All dlogits are on their way before the host asks which rows count: to ask costs a GPU nothing.
-            all_live = HostCopy(live.all())
-            dlogits, unscale = form_gradient(head, store, targets, stats, upstream, wanted[0] or wanted[1])
-            if not all_live.read():
-                places = to_front(live, dlogits)
-                selected, index, dlogits = places + block.start, index[places], dlogits[: places.shape[0]]
-        else:
-            places = to_front(live, store)
-            selected, index, targets = places + block.start, index[places], targets[places]
-            store = None if store is None else store[: places.shape[0]]
-            stats, upstream = stats.take(places), upstream.take(places)
+        live, dlogits, unscale = _live_rows(upstream), None, None
+        if store is None or not filtered:
+            # All dlogits are on their way before the host asks how many rows count: to ask costs a GPU nothing.
+            counted = HostCopy(live.sum())
+            if store is not None:
+                dlogits, unscale = form_gradient(head, store, targets, stats, upstream, wanted[0] or wanted[1])
+            count = counted.read()
+            if count == 0:
+                continue
+            if count < n:
+                places = to_front(live, count, dlogits, head.rows)
+                selected, index = places + block.start, index[places]
+                if dlogits is not None:
+                    dlogits = dlogits[:count]
+                else:
+                    targets, stats, upstream = targets[places], stats.take(places), upstream.take(places)
         count = index.shape[0]
-        if count == 0:
-            continue
         dhidden = hidden.new_empty(count, D, dtype=hidden_dtype) if hidden_gradient else None
         block_grads = Gradients(dhidden, grads.weight, grads.bias)
         if store is None:
             compute_gradients(head, hidden, index, targets, stats, upstream, blocks, block_grads, fresh)
-        elif not filtered:
+        elif dlogits is not None:
             multiply_out(head, hidden, index, dlogits, unscale, block_grads, fresh)
         else:
             assert call.filter_tolerance is not None
@@ -293,6 +295,7 @@ def run_groups(
                 upstream,
                 block_grads,
                 store,
+                live,
                 call.filter_tolerance,
                 call.filter_report,
                 fresh,

@@ -136,3 +136,16 @@ def dlogits_(
 def scale_(values: Tensor, factor: Tensor) -> Tensor:
     """values times `factor` [], in place; a factor of one, the usual upstream gradient, costs nothing where it can be seen."""
     return values if values.device.type == "cpu" and factor.item() == 1 else values.mul_(factor)
+
+
+def move_rows_(store: Tensor, order: Tensor) -> None:
+    """Row i of `store` [N, V'] becomes what row order[i] is; those that differ read rows from n on.
+
+    order: [n] int64.
+    """
+    (places,) = (order != torch.arange(order.shape[0], device=order.device)).nonzero(as_tuple=True)
+    if places.shape[0]:
+        # In steps, so that the copy in flight is small beside the store.
+        step = -(-places.shape[0] // 16)
+        for into, origin in zip(places.split(step), order[places].split(step), strict=True):
+            store.index_copy_(0, into, store.index_select(0, origin))

@@ -22,6 +22,7 @@ _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _LOG_ZERO = tl.constexpr(-200.0)
 # Of `scale_`: enough programs to fill any GPU, few enough to cost nothing when they have nothing to do.
 _SCALE_BLOCK, _SCALE_PROGRAMS = 2048, 2048
+_MOVED_BLOCK = 8192
 
 
 @triton.jit
@@ -220,6 +221,24 @@ def _scale_kernel(
             tl.store(values_ptr + offs, values * factor, mask=offs < size)
 
 
+@triton.jit
+def _move_rows_kernel(
+    store_ptr,  # [N, V'] in any dtype, in/out
+    order_ptr,  # [n] int64
+    V,
+    stride_store_n,
+    BLOCK: tl.constexpr,
+):
+    # One program owns one row, and leaves it alone where it stays.
+    row = tl.program_id(0).to(tl.int64)
+    origin = tl.load(order_ptr + row)
+    if origin != row:
+        for start in range(0, V, BLOCK):
+            offs_v = start + tl.arange(0, BLOCK)
+            values = tl.load(store_ptr + origin * stride_store_n + offs_v, mask=offs_v < V)
+            tl.store(store_ptr + row * stride_store_n + offs_v, values, mask=offs_v < V)
+
+
 def _launch_options(logits: Tensor) -> dict[str, int]:
     block_v = min(_MAX_BLOCK_V, max(128, triton.next_power_of_2(logits.shape[1])))
     # A thread takes 32 bytes at once; with 64, some cases spill.
@@ -315,3 +334,12 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
         with torch.cuda.device_of(values):
             _scale_kernel[(programs,)](values, factor, values.numel(), BLOCK=_SCALE_BLOCK)
     return values
+
+
+def move_rows_(store: Tensor, order: Tensor) -> None:
+    assert store.stride(1) == 1
+    if order.shape[0]:
+        with torch.cuda.device_of(store):
+            _move_rows_kernel[(order.shape[0],)](
+                store, order, store.shape[1], store.stride(0), BLOCK=_MOVED_BLOCK, num_warps=8
+            )

@@ -37,7 +37,7 @@ def sum_sequences(values: Tensor, lengths: Tensor) -> Tensor:
 
 def run_lengths(ids: Tensor, sequences: int) -> Tensor:
     # How often each of [0, sequences) stands in the sorted `ids`; a GPU is not waited for, as by bincount.
-    return torch.searchsorted(ids, torch.arange(sequences + 1, device=ids.device)).diff()
+    return torch.searchsorted(ids, torch.arange(sequences + 1, device=ids.device, dtype=ids.dtype)).diff()
 
 
 def check_groups(

@@ -6,7 +6,11 @@ from torch import Tensor
 from tspin_kernels._rows_torch import tiles
 
 # Thresholds that filtering tries, as parts of a row's limit: one, and each the last one times the fraction.
-FRACTION, FRACTIONS = 2**-1.5, 8
+FRACTION, FRACTIONS = 2**-0.25, 43
+# How many of a row's columns are looked at one by one: so many, or so many times what it may keep.
+_LISTED, _LISTED_TIMES = 4096, 8
+# Bytes that `keep_largest` needs beside its results, but for tiles.
+SCRATCH = 0
 
 
 def keep_largest(dlogits: Tensor, targets: Tensor, limits: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,37 +21,55 @@ def keep_largest(dlogits: Tensor, targets: Tensor, limits: Tensor, most: int) ->
         most: how many columns a row may keep.
 
     Returns:
-        columns [N, most] int32 in rising order, their dlogits [N, most] in the dtype of `limits`, and how many they are [N] int32;
-        -1 for a row that would keep more, whose others are undefined.
+        columns [N, most] int32 in any order, their dlogits [N, most] in the dtype of `limits`, and how many they are [N] int32;
+        -1 for a row that would keep more, whose others are undefined. Where many are above the lowest threshold, a row may be -1
+        that would not.
     """
     (N, V), dtype = dlogits.shape, limits.dtype
     columns = torch.zeros(N, most, dtype=torch.int32, device=dlogits.device)
     values = torch.zeros(N, most, dtype=dtype, device=dlogits.device)
     lengths = torch.empty(N, dtype=torch.int32, device=dlogits.device)
+    fractions = torch.tensor([FRACTION**k for k in range(FRACTIONS)], dtype=dtype, device=dlogits.device)
     for tile in tiles(dlogits):
-        dz, local, limit = dlogits[tile].to(dtype), targets[tile].unsqueeze(1), limits[tile].unsqueeze(1)
+        dz, target, limit = dlogits[tile].to(dtype), targets[tile], limits[tile]
         share = dz.abs()
-        # The largest of the limit's fractions that leaves out no more than the limit, by bisection; zero leaves out nothing.
-        fractions = torch.tensor([*(FRACTION**k for k in range(FRACTIONS)), 0.0], dtype=dtype, device=dz.device)
-        low, high = torch.zeros_like(local), torch.full_like(local, FRACTIONS)
+        # What the lowest threshold leaves out is summed up, the rest listed. A nan is not small.
+        is_small = share <= (limit * fractions[-1]).unsqueeze(1)
+        small = torch.where(is_small, share, 0.0).sum(1)
+        listed = V - is_small.sum(1)
+        is_sparse = (small <= limit) & (listed <= max(_LISTED, _LISTED_TIMES * most))
+        row, column = (~is_small & is_sparse.unsqueeze(1)).nonzero(as_tuple=True)
+        listed = torch.where(is_sparse, listed, 0)
+        value = dz[row, column]
+        share = value.abs()
+        # The largest of the limit's fractions that leaves out no more than the limit, by bisection.
+        low, high = torch.zeros_like(target), torch.full_like(target, FRACTIONS - 1)
         while bool((low < high).any()):
             middle = (low + high) // 2
-            left_out = torch.where(share <= limit * fractions[middle], share, 0.0).sum(1, keepdim=True)
-            fits = left_out <= limit
+            is_left = share <= (limit * fractions[middle])[row]
+            fits = small + _sums(torch.where(is_left, share, 0.0), listed) <= limit
             low, high = torch.where(fits, low, middle + 1).minimum(high), torch.where(fits, middle, high)
-        # Written so that a nan stays, and everything where the limit is nan.
-        is_kept = ~(share <= limit * fractions[low])
-        hit = (local >= 0) & (local < V)
-        is_kept.scatter_(1, local.clamp(0, V - 1), is_kept.gather(1, local.clamp(0, V - 1)) | hit)
-        count = is_kept.sum(1)
-        is_kept &= (count <= most).unsqueeze(1)
-        row, column = is_kept.nonzero(as_tuple=True)
-        written = torch.where(count <= most, count, 0)
+        is_kept = ~(share <= (limit * fractions[low])[row]) | (column == target[row])
+        # A target that is too small for the list comes last.
+        local = target.clamp(0, V - 1).unsqueeze(1)
+        is_added = (target >= 0) & (target < V) & is_small.gather(1, local).squeeze(1)
+        kept = _sums(is_kept.to(dtype), listed).long()
+        count = kept + is_added
+        is_sparse &= count <= most
+        is_kept &= is_sparse[row]
+        written = torch.where(is_sparse, kept, 0)
+        row, column, value = row[is_kept], column[is_kept], value[is_kept]
         place = torch.arange(row.shape[0], device=row.device) - (written.cumsum(0) - written)[row]
-        columns[tile][row, place] = column.int()
-        values[tile][row, place] = dz[row, column]
-        lengths[tile] = torch.where(count <= most, count, -1).int()
+        columns[tile][row, place], values[tile][row, place] = column.int(), value
+        (row,) = (is_added & is_sparse).nonzero(as_tuple=True)
+        columns[tile][row, kept[row]] = target[row].int()
+        values[tile][row, kept[row]] = dz[row, target[row]]
+        lengths[tile] = torch.where(is_sparse, count, -1).int()
     return columns, values, lengths
+
+
+def _sums(values: Tensor, lengths: Tensor) -> Tensor:
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True, initial=0)
 
 
 def segment_sums(

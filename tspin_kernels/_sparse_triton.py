@@ -4,90 +4,127 @@ arguments are documented."""
 # Triton's own annotations describe a kernel's body, not its launch.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tspin_kernels._sparse_torch import FRACTION
+from tspin_kernels._sparse_torch import FRACTION, FRACTIONS
 
-# Columns of `keep_largest`, and rows and columns of the operand of `segment_sums`, that a program reads at once.
-_KEEP_BLOCK, _SUM_ROWS, _SUM_BLOCK = 1024, 4, 1024
+# Of `keep_largest`: programs; lists of each, one for a thread; how long a list is; columns that a thread takes in one turn.
+_KEEP_PROGRAMS, _LISTS, _LISTED, _COLUMNS = 1056, 256, 16, 8
+# Rows and columns of the operand of `segment_sums` that a program reads at once.
+_SUM_ROWS, _SUM_BLOCK = 4, 1024
+# Bytes that `keep_largest` needs beside its results.
+SCRATCH = _KEEP_PROGRAMS * _LISTS * _LISTED * 8
 
 
 @triton.jit
-def _left_out(left_out, share, threshold):
-    return left_out + tl.sum(tl.where(share <= threshold, share, 0.0), axis=1)
+def _list(small, count, values, offs_v, lowest, lists_ptr, LISTS: tl.constexpr, LISTED: tl.constexpr):
+    # A column for each list: small ones are summed up, others written down, bits of column and value.
+    values = values.to(tl.float32)
+    share = tl.abs(values)
+    # A nan is not small.
+    is_small = share <= lowest
+    entry = (offs_v.to(tl.int64) << 32) | values.to(tl.uint32, bitcast=True).to(tl.int64)
+    tl.store(lists_ptr + count * LISTS, entry, mask=(count < LISTED) & ~is_small)
+    return small + tl.where(is_small, share, 0.0), count + tl.where(is_small, 0, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "V", "most"])
 def _keep_largest_kernel(
     dlogits_ptr,  # [N, V'] in any dtype
     target_ptr,  # [N] int64
     limit_ptr,  # [N] float32
+    lists_ptr,  # [programs, LISTED, LISTS] int64, scratch
     columns_ptr,  # [N, most] int32, out
     values_ptr,  # [N, most] float32, out
     lengths_ptr,  # [N] int32, out
+    N,
     V,
     most,
     stride_n,
-    FRACTION: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    LANE: tl.constexpr,
+    LOG_FRACTION: tl.constexpr,
+    FRACTIONS: tl.constexpr,
+    LISTS: tl.constexpr,
+    LISTED: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    # One program owns one row: it sums up what each of eight thresholds leaves out, then writes what stays above the best.
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = dlogits_ptr + row * stride_n
-    limit = tl.load(limit_ptr + row)
-    t0 = limit
-    t1 = t0 * FRACTION
-    t2 = t1 * FRACTION
-    t3 = t2 * FRACTION
-    t4 = t3 * FRACTION
-    t5 = t4 * FRACTION
-    t6 = t5 * FRACTION
-    t7 = t6 * FRACTION
-    s0 = tl.zeros([BLOCK_V // LANE], tl.float32)
-    s1, s2, s3, s4, s5, s6, s7 = s0, s0, s0, s0, s0, s0, s0
-    tile = tl.arange(0, BLOCK_V // LANE)[:, None] * LANE + tl.arange(0, LANE)[None, :]
-    for start in range(0, V, BLOCK_V):
-        share = tl.abs(tl.load(row_ptr + start + tile, mask=start + tile < V, other=0.0).to(tl.float32))
-        s0 = _left_out(s0, share, t0)
-        s1 = _left_out(s1, share, t1)
-        s2 = _left_out(s2, share, t2)
-        s3 = _left_out(s3, share, t3)
-        s4 = _left_out(s4, share, t4)
-        s5 = _left_out(s5, share, t5)
-        s6 = _left_out(s6, share, t6)
-        s7 = _left_out(s7, share, t7)
-    # What leaves out nothing: where the limit or a sum is nan, it stays.
-    threshold = 0.0
-    threshold = tl.where(tl.sum(s7, axis=0) <= limit, t7, threshold)
-    threshold = tl.where(tl.sum(s6, axis=0) <= limit, t6, threshold)
-    threshold = tl.where(tl.sum(s5, axis=0) <= limit, t5, threshold)
-    threshold = tl.where(tl.sum(s4, axis=0) <= limit, t4, threshold)
-    threshold = tl.where(tl.sum(s3, axis=0) <= limit, t3, threshold)
-    threshold = tl.where(tl.sum(s2, axis=0) <= limit, t2, threshold)
-    threshold = tl.where(tl.sum(s1, axis=0) <= limit, t1, threshold)
-    threshold = tl.where(tl.sum(s0, axis=0) <= limit, t0, threshold)
+    # One program owns every so many rows and reads each once: what the lowest threshold leaves out it sums up, the rest it lists,
+    # each thread for itself. The best threshold is then found in the lists alone.
+    first = tl.program_id(0).to(tl.int64)
+    offs_list = tl.arange(0, LISTS)
+    lists_ptr += first * (LISTS * LISTED) + offs_list
+    for row in range(first, N, tl.num_programs(0)):
+        row_ptr = dlogits_ptr + row * stride_n
+        target = tl.load(target_ptr + row)
+        limit = tl.load(limit_ptr + row)
+        lowest = limit * tl.exp2(LOG_FRACTION * (FRACTIONS - 1.0))
+        small = tl.zeros([LISTS], tl.float32)
+        count = tl.zeros([LISTS], tl.int32)
+        whole = V // (LISTS * COLUMNS) * (LISTS * COLUMNS)
+        for start in range(0, whole, LISTS * COLUMNS):
+            for c in tl.static_range(COLUMNS):
+                offs_v = start + c * LISTS + offs_list
+                values = tl.load(row_ptr + offs_v)
+                small, count = _list(small, count, values, offs_v, lowest, lists_ptr, LISTS, LISTED)
+        for start in range(whole, V, LISTS):
+            offs_v = start + offs_list
+            values = tl.load(row_ptr + offs_v, mask=offs_v < V, other=0.0)
+            small, count = _list(small, count, values, offs_v, lowest, lists_ptr, LISTS, LISTED)
+        all_small = tl.sum(small, axis=0)
 
-    target = tl.load(target_ptr + row)
-    count = 0
-    start = 0
-    while (start < V) & (count <= most):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        values = tl.load(row_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
-        # A nan stays.
-        is_kept = (offs_v < V) & ((tl.abs(values) > threshold) | (values != values) | (offs_v == target))
-        found = tl.sum(is_kept.to(tl.int32), axis=0)
-        if found > 0:
-            place = count + tl.cumsum(is_kept.to(tl.int32), axis=0) - 1
-            fits = is_kept & (place < most)
-            tl.store(columns_ptr + row * most + place, offs_v, mask=fits)
-            tl.store(values_ptr + row * most + place, values, mask=fits)
-        count += found
-        start += BLOCK_V
-    tl.store(lengths_ptr + row, tl.where(count <= most, count, -1))
+        longest = tl.max(count, axis=0)
+
+        # Whatever thread reads a list: it is written, and will be read before the next row's.
+        tl.debug_barrier()
+        # Written so that a nan is dense.
+        tl.store(lengths_ptr + row, -1)
+        if tl.where(all_small <= limit, longest, LISTED + 1) <= LISTED:
+            low, high = 0, FRACTIONS - 1
+            while low < high:
+                middle = (low + high) // 2
+                threshold = limit * tl.exp2(LOG_FRACTION * middle)
+                left_out = tl.zeros([LISTS], tl.float32)
+                for place in range(0, longest):
+                    entry = tl.load(lists_ptr + place * LISTS, mask=place < count, other=0)
+                    share = tl.abs(entry.to(tl.int32).to(tl.float32, bitcast=True))
+                    left_out += tl.where(share <= threshold, share, 0.0)
+                fits = all_small + tl.sum(left_out, axis=0) <= limit
+                low = tl.where(fits, low, middle + 1)
+                high = tl.where(fits, middle, high)
+
+            threshold = limit * tl.exp2(LOG_FRACTION * low)
+            kept = tl.zeros([LISTS], tl.int32)
+            is_listed = tl.zeros([LISTS], tl.int32)
+            for place in range(0, longest):
+                in_list = place < count
+                entry = tl.load(lists_ptr + place * LISTS, mask=in_list, other=0)
+                share = tl.abs(entry.to(tl.int32).to(tl.float32, bitcast=True))
+                is_target = in_list & ((entry >> 32) == target)
+                is_listed += tl.where(is_target, 1, 0)
+                kept += tl.where(is_target | (in_list & ~(share <= threshold)), 1, 0)
+            # A target that is too small for the lists comes last.
+            is_added = tl.where((target >= 0) & (target < V), 1 - tl.sum(is_listed, axis=0), 0)
+            total = tl.sum(kept, axis=0) + is_added
+            if total <= most:
+                tl.store(lengths_ptr + row, total)
+                into = row * most + tl.cumsum(kept, axis=0) - kept
+                for place in range(0, longest):
+                    in_list = place < count
+                    entry = tl.load(lists_ptr + place * LISTS, mask=in_list, other=0)
+                    value = entry.to(tl.int32).to(tl.float32, bitcast=True)
+                    is_kept = in_list & (((entry >> 32) == target) | ~(tl.abs(value) <= threshold))
+                    tl.store(columns_ptr + into, (entry >> 32).to(tl.int32), mask=is_kept)
+                    tl.store(values_ptr + into, value, mask=is_kept)
+                    into += tl.where(is_kept, 1, 0)
+                last = row * most + total - 1
+                value = tl.load(row_ptr + target, mask=is_added > 0, other=0.0).to(tl.float32)
+                tl.store(columns_ptr + last, target.to(tl.int32), mask=is_added > 0)
+                tl.store(values_ptr + last, value, mask=is_added > 0)
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -136,21 +173,29 @@ def keep_largest(dlogits: Tensor, targets: Tensor, limits: Tensor, most: int) ->
     columns = torch.empty(N, most, dtype=torch.int32, device=dlogits.device)
     values = torch.empty(N, most, dtype=torch.float32, device=dlogits.device)
     lengths = torch.empty(N, dtype=torch.int32, device=dlogits.device)
-    with torch.cuda.device_of(dlogits):
-        _keep_largest_kernel[(N,)](
-            dlogits,
-            targets,
-            limits,
-            columns,
-            values,
-            lengths,
-            V,
-            most,
-            dlogits.stride(0),
-            FRACTION=FRACTION,
-            LANE=16 // dlogits.element_size(),
-            BLOCK_V=_KEEP_BLOCK,
-        )
+    programs = min(N, _KEEP_PROGRAMS)
+    lists = torch.empty(programs, _LISTED, _LISTS, dtype=torch.int64, device=dlogits.device)
+    if N:
+        with torch.cuda.device_of(dlogits):
+            _keep_largest_kernel[(programs,)](
+                dlogits,
+                targets,
+                limits,
+                lists,
+                columns,
+                values,
+                lengths,
+                N,
+                V,
+                most,
+                dlogits.stride(0),
+                LOG_FRACTION=math.log2(FRACTION),
+                FRACTIONS=FRACTIONS,
+                LISTS=_LISTS,
+                LISTED=_LISTED,
+                COLUMNS=_COLUMNS,
+                num_warps=_LISTS // 32,
+            )
     return columns, values, lengths
 
 
