@@ -304,9 +304,19 @@ MUTATIONS = [
     Mutation(
         "entropy sum not moved to a new maximum", PLAIN, "(u[tile] + moved * s[tile])", "u[tile]", only="torch-cpu"
     ),
-    Mutation("targets counted from the first column of all", BLOCKS, "targets[r0:r1] - c0", "targets[r0:r1]"),
-    Mutation("the same in the gradient", BLOCKS, "targets[block] - c0", "targets[block]"),
-    Mutation("bias of another block", BLOCKS, "self.bias[start:stop])", "self.bias[: stop - start])"),
+    Mutation(
+        "targets counted from the first column of all",
+        BLOCKS,
+        "_from_column(targets[r0:r1], head.start + c0)",
+        "targets[r0:r1] - head.start",
+    ),
+    Mutation(
+        "the same in the gradient",
+        BLOCKS,
+        "_from_column(targets[block], head.start + c0)",
+        "targets[block] - head.start",
+    ),
+    Mutation("bias of another block", BLOCKS, "self.bias[start:stop], size", "self.bias[: stop - start], size"),
     Mutation(
         "dhidden of the last vocabulary block only",
         BLOCKS,
@@ -364,8 +374,8 @@ MUTATIONS = [
     Mutation(
         "rows taken in the order they come",
         RUN,
-        "torch.sort(ids, stable=True).indices",
-        "torch.arange(len(ids), device=ids.device)",
+        "ids, order = torch.sort(",
+        "ids, order = (lambda ids, stable: (ids, torch.arange(len(ids))))(",
         SEQUENCES,
     ),
     Mutation("group inputs not sliced", RUN, "tensor[g0:g1] for tensor", "tensor[: g1 - g0] for tensor", SEQUENCES),
@@ -377,8 +387,8 @@ MUTATIONS = [
     Mutation(
         "statistics of a block's groups shifted",
         RUN,
-        "rows.ids[block] - g0 * group_size",
-        "rows.ids[block] % group_size",
+        "rows.ids[block].long() - g0 * group_size",
+        "rows.ids[block].long() % group_size",
         SEQUENCES,
     ),
     Mutation(
@@ -417,14 +427,20 @@ MUTATIONS = [
         SEQUENCES,
     ),
     # Zero coefficients, grad_buffer, process_group
-    Mutation("skip: zero of the log-prob alone is enough", RUN, ".any(0)", "[0]", "test_zero_coefficients.py"),
+    Mutation(
+        "skip: zero of the log-prob alone is enough",
+        RUN,
+        "reduce(torch.logical_or, [",
+        "(lambda f, masks: masks[0])(0, [",
+        "test_zero_coefficients.py",
+    ),
     Mutation("skip: nan is zero", RUN, "gradient != 0 for", "gradient.abs() > 0 for", "test_zero_coefficients.py"),
     Mutation(
         "skip: nothing is skipped", RUN, "gradient != 0 for", "gradient == gradient for", "test_zero_coefficients.py"
     ),
     Mutation(
         "skip: rows are not moved",
-        BLOCKS,
+        PLAIN,
         "store.index_copy_(0, into",
         "store.index_copy(0, into",
         "test_zero_coefficients.py",
@@ -432,22 +448,22 @@ MUTATIONS = [
     Mutation(
         "skip: targets stay behind",
         RUN,
-        "index[places], targets[places]",
-        "index[places], targets[: len(places)]",
+        "= targets[places], stats",
+        "= targets[: len(places)], stats",
         "test_zero_coefficients.py",
     ),
     Mutation(
         "skip: dlogits move and their hidden rows stay",
         RUN,
-        "index[places], dlogits[: places.shape[0]]",
-        "index[: places.shape[0]], dlogits[: places.shape[0]]",
+        "selected, index = places + block.start, index[places]",
+        "selected, index = places + block.start, index[:count]",
         "test_zero_coefficients.py",
     ),
     Mutation(
         "skip: a GPU is asked which rows count before dlogits are queued",
         RUN,
-        "all_live = HostCopy(live.all())",
-        "all_live = HostCopy(live.all())\n            all_live.read()",
+        "counted = HostCopy(live.sum())",
+        "counted = HostCopy(live.sum())\n            counted.read()",
         "test_memory.py",
     ),
     Mutation(
@@ -516,23 +532,53 @@ MUTATIONS = [
     Mutation(
         "ranks: uneven shards cut evenly", SHARDS, "sum(widths[:rank])", "rank * columns", "test_process_group.py"
     ),
-    # Filtering
+    # A padded vocabulary
     Mutation(
-        "filter: nothing is looked at",
+        "padding of a gradient apart is left as it was",
+        "_blocks.py",
+        "dlogits[:, V:].zero_()",
+        "pass",
+        "test_inputs_and_masks.py",
+    ),
+    Mutation(
+        "padding of a block is taken for columns",
+        "_blocks.py",
+        "logits[:, : part.V],\n",
+        "logits,\n",
+        "test_linear_logprobs.py",
+    ),
+    Mutation(
+        "rows moved by their old order",
+        "_rows_torch.py",
+        "order[places].split(step)",
+        "places.split(step)",
+        "test_zero_coefficients.py",
+    ),
+    Mutation(
+        "triton rows moved by their old order",
+        "_rows_triton.py",
+        "store_ptr + origin * stride",
+        "store_ptr + row * stride",
+        "test_zero_coefficients.py",
+    ),
+    # Filtering
+    Mutation("filter: nothing is looked at", KEPT, "listed) <= limit\n", "listed) <= limit + 9\n", "test_filter.py"),
+    Mutation(
+        "filter: what is small is not summed",
         KEPT,
-        "fits = left_out <= limit",
-        "fits = left_out <= limit + 9",
+        "small = torch.where(is_small, share, 0.0).sum(1)",
+        "small = 0 * limit",
         "test_filter.py",
     ),
     Mutation(
         "filter: threshold on single columns",
         KEPT,
-        "torch.where(share <= limit * fractions[middle], share, 0.0).sum(1, keepdim=True)",
-        "torch.where(share <= limit * fractions[middle], share, 0.0).amax(1, keepdim=True)",
+        "small + _sums(torch.where(is_left, share, 0.0), listed)",
+        "small + _sums(torch.where(is_left, share, 0.0), listed) / 9",
         "test_filter.py",
     ),
     Mutation(
-        "filter: tolerance relative to one", FILTER, "limit * size, _most", "limit + 0 * size, _most", "test_filter.py"
+        "filter: tolerance relative to one", FILTER, "(limit * size).nan", "(limit + 0 * size).nan", "test_filter.py"
     ),
     Mutation("filter: temperature forgotten", FILTER, " / head.transform.temperature", "", "test_filter.py"),
     Mutation("filter: logit_scale forgotten", FILTER, " * abs(head.transform.logit_scale)", "", "test_filter.py"),
@@ -543,29 +589,46 @@ MUTATIONS = [
         "for gradient in upstream[:1]]).sum(0)",
         "test_filter.py",
     ),
+    Mutation("filter: targets not kept", KEPT, " | (column == target[row])", "", "test_filter.py"),
     Mutation(
-        "filter: targets not kept",
+        "filter: small targets not kept",
         KEPT,
-        "is_kept.gather(1, local.clamp(0, V - 1)) | hit",
-        "is_kept.gather(1, local.clamp(0, V - 1))",
+        "is_small.gather(1, local).squeeze(1)",
+        "(target < 0)",
         "test_filter.py",
     ),
     Mutation(
         "filter: a nan goes",
         KEPT,
-        "is_kept = ~(share <= limit * fractions[low])",
-        "is_kept = share > limit * fractions[low]",
+        "is_kept = ~(share <= (limit * fractions[low])[row])",
+        "is_kept = share > (limit * fractions[low])[row]",
+        "test_filter.py",
+    ),
+    Mutation(
+        "filter: rows without a coefficient kept", FILTER, "torch.where(live, lengths, 0)", "lengths", "test_filter.py"
+    ),
+    Mutation(
+        "filter: rows without a coefficient in the bias",
+        FILTER,
+        ".masked_fill_(~live.unsqueeze(1), 0)",
+        "",
         "test_filter.py",
     ),
     Mutation("filter: dense rows left out", FILTER, "store[:n].to", "(0 * store[:n]).to", "test_filter.py"),
     Mutation(
         "filter: dense rows' products of others",
         FILTER,
-        "to_front(is_dense, store)",
-        "to_front(is_dense, None)",
+        "to_front(is_dense, n, store",
+        "to_front(is_dense, n, None",
         "test_filter.py",
     ),
-    Mutation("filter: bias' gradient left out", FILTER, "grads.bias, store", "None, store", "test_filter.py"),
+    Mutation(
+        "filter: bias' gradient left out",
+        FILTER,
+        "add_column_sums(grads.bias",
+        "add_column_sums(None",
+        "test_filter.py",
+    ),
     Mutation(
         "filter: float16 not scaled back in dhidden",
         FILTER,
@@ -605,8 +668,8 @@ MUTATIONS = [
     Mutation(
         "filter: the report counts dense rows as filtered",
         FILTER,
-        "report.count(N, n, n * V",
-        "report.count(N, n, 0 * V",
+        "report.count(rows, n, n * V",
+        "report.count(rows, n, 0 * V",
         "test_filter.py",
     ),
     Mutation(
@@ -617,33 +680,56 @@ MUTATIONS = [
         "test_filter.py",
     ),
     Mutation(
-        "triton filter: a signed sum",
+        "triton filter: a signed sum", KEPT_TRITON, "share = tl.abs(tl.load(", "share = (tl.load(", "test_filter.py"
+    ),
+    Mutation(
+        "triton filter: what is small is not summed",
         KEPT_TRITON,
-        "share = tl.abs(tl.load(row_ptr",
-        "share = (tl.load(row_ptr",
+        "fits = small + tl.sum",
+        "fits = tl.sum",
         "test_filter.py",
     ),
     Mutation(
-        "triton filter: the sum of another threshold",
+        "triton filter: what is listed is not summed",
         KEPT_TRITON,
-        "tl.sum(s3, axis=0) <= limit, t3",
-        "tl.sum(s4, axis=0) <= limit, t3",
+        "small + tl.sum(left_out, axis=0) <= limit",
+        "small <= limit",
         "test_filter.py",
     ),
-    Mutation("triton filter: a nan goes", KEPT_TRITON, " | (values != values)", "", "test_filter.py"),
-    Mutation("triton filter: targets not kept", KEPT_TRITON, " | (offs_v == target)", "", "test_filter.py"),
     Mutation(
-        "triton filter: each tile writes from the first place on",
+        "triton filter: a nan goes",
         KEPT_TRITON,
-        "place = count + tl.cumsum",
-        "place = tl.cumsum",
+        "| ~(tl.abs(value) <= threshold)",
+        "| (tl.abs(value) > threshold)",
+        "test_filter.py",
+    ),
+    Mutation("triton filter: targets not kept", KEPT_TRITON, "(first + column == target) | ", "", "test_filter.py"),
+    Mutation(
+        "triton filter: small targets not kept",
+        KEPT_TRITON,
+        "1 - tl.sum(is_listed, axis=0), 0)",
+        "0, 0)",
+        "test_filter.py",
+    ),
+    Mutation(
+        "triton filter: each list is written from the first place on",
+        KEPT_TRITON,
+        "row * most + tl.cumsum(kept, axis=0) - kept",
+        "row * most + 0 * kept",
         "test_filter.py",
     ),
     Mutation(
         "triton filter: a row that keeps too many is filtered",
         KEPT_TRITON,
-        "tl.where(count <= most, count, -1)",
-        "tl.minimum(count, most)",
+        "if total <= most:",
+        "if total >= 0:",
+        "test_filter.py",
+    ),
+    Mutation(
+        "triton filter: lists longer than their memory",
+        KEPT_TRITON,
+        "tl.where(small <= limit, longest, LISTED + 1) <= LISTED",
+        "tl.where(small <= limit, 0, LISTED + 1) <= LISTED",
         "test_filter.py",
     ),
     Mutation(

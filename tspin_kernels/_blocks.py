@@ -22,6 +22,8 @@ _NARROW = (torch.float16, torch.bfloat16)
 # A product on its way into a wider sum is made in slices of at most this.
 _PRODUCT_BYTES = 64 * 2**20
 _ALIGNED = 256
+# Columns of 16-bit logits in 16 bytes, from where a GPU's matrix units start: at other widths products take several times as long.
+_COLUMNS = 8
 
 
 class RowStats(NamedTuple):
@@ -85,17 +87,18 @@ def rows_module(backend: str, device: torch.device) -> ModuleType:
 class Head:
     """All that turns hidden rows into logits."""
 
-    weight: Tensor  # [V, D]
+    weight: Tensor  # [V, D], or of `padded` rows, the last of them zeros
     bias: Tensor | None  # [V]
     transform: LogitTransform
     compute_dtype: torch.dtype
     logits_dtype: torch.dtype
     rows: ModuleType
     shard: Shard | None = None  # where the weight holds only some of the vocabulary
+    size: int | None = None  # V, where the weight has more rows
 
     @property
     def V(self) -> int:
-        return self.weight.shape[0]
+        return self.weight.shape[0] if self.size is None else self.size
 
     @property
     def start(self) -> int:
@@ -104,13 +107,22 @@ class Head:
 
     @property
     def widest(self) -> int:
-        """V, or the most that a rank has: what plans are made for, so that all ranks make the same."""
-        return self.V if self.shard is None else self.shard.widest
+        """V, or the most that a rank has, padded: what plans are made for, so that all ranks make the same."""
+        return self.padded(self.V if self.shard is None else self.shard.widest)
+
+    def padded(self, columns: int) -> int:
+        """The width in memory of a block of so many columns."""
+        return padded_columns(columns, self.compute_dtype)
 
     def columns(self, start: int, stop: int) -> "Head":
-        """These columns alone, their weight in the dtype of the products."""
+        """These columns alone, their weight padded and in the dtype of the products."""
+        size, width = stop - start, self.padded(stop - start)
+        if self.size == size:
+            return self
         weight = self.weight[start:stop].to(self.compute_dtype)
-        return replace(self, weight=weight, bias=None if self.bias is None else self.bias[start:stop])
+        if width > size:
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, width - size))
+        return replace(self, weight=weight, bias=None if self.bias is None else self.bias[start:stop], size=size)
 
     def sizes(
         self,
@@ -130,6 +142,7 @@ class Head:
         # The CPU has no product of narrow operands with a wide result: it widens them first.
         wide_copy = 4 if on_cpu and narrow else 0
         copied = self.compute_dtype.itemsize
+        is_copied = self.weight.dtype != self.compute_dtype or self.padded(self.V) != self.V
         # Wide logits have their gradient beside them, in the dtype of the products.
         dlogits = copied if self.logits_dtype != self.compute_dtype and (dhidden or dweight) else 0
         return Sizes(
@@ -141,12 +154,17 @@ class Head:
             how(dweight),
             always_sum=self.compute_dtype == torch.float16,
             row_bytes=D * (wide_copy + (copied if gathered or hidden.dtype != self.compute_dtype else 0)),
-            col_bytes=D * (wide_copy + (copied if self.weight.dtype != self.compute_dtype else 0)),
+            col_bytes=D * (wide_copy + (copied if is_copied else 0)),
         )
 
     def project(self, hidden: Tensor, out: Tensor) -> None:
-        """out [N, V] = hidden [N, D] times the transpose of the weight, which is in the dtype of the products."""
+        """out [N, V], padded, = hidden [N, D] times the transpose of the weight, which is in the dtype of the products."""
         product(hidden.to(self.compute_dtype), self.weight.T, out.dtype, out)
+
+
+def padded_columns(columns: int, dtype: torch.dtype) -> int:
+    """How wide `columns` of logits are in memory, for products in `dtype`."""
+    return -(-columns // _COLUMNS) * _COLUMNS if dtype in _NARROW else columns
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -190,17 +208,20 @@ def take(hidden: Tensor, index: Tensor | None, start: int, stop: int) -> Tensor:
 
 
 class _Buffer:
-    """One block of logits or their gradient: a view of the store, or of memory that every block uses again."""
+    """One block of logits or their gradient, padded: a view of the store, or of memory that every block uses again."""
 
-    def __init__(self, like: Tensor, rows: int, cols: int, dtype: torch.dtype, store: Tensor | None = None):
-        self.store = store
-        self.memory = None if store is not None else like.new_empty(rows * cols, dtype=dtype)
+    def __init__(self, head: Head, rows: int, cols: int, dtype: torch.dtype, store: Tensor | None = None):
+        self.head, self.store = head, store
+        self.memory = None
+        if store is None:
+            self.memory = torch.empty(rows * head.padded(cols), dtype=dtype, device=head.weight.device)
 
     def block(self, r0: int, r1: int, c0: int, c1: int) -> Tensor:
+        width = self.head.padded(c1 - c0)
         if self.memory is None:
             assert self.store is not None
-            return self.store[r0:r1, c0:c1]
-        return self.memory[: (r1 - r0) * (c1 - c0)].view(r1 - r0, c1 - c0)
+            return self.store[r0:r1, c0 : c0 + width]
+        return self.memory[: (r1 - r0) * width].view(r1 - r0, width)
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,14 +245,14 @@ def compute_stats(
     with_entropy: bool,
     store: Tensor | None = None,
 ) -> RowStats:
-    """Statistics of the rows `hidden[index]` against `targets` [N]. `store` [N, V] keeps the products for `form_gradient`."""
+    """Statistics of the rows `hidden[index]` against `targets` [N]; `store` [N, V], padded, keeps the products for the gradient."""
     N = targets.shape[0]
     m = torch.full((N,), -torch.inf, dtype=accumulate_dtype(head.compute_dtype), device=hidden.device)
     s = torch.zeros_like(m)
     u = torch.zeros_like(m) if with_entropy else None
     # A target in no column, outside [0, V), leaves nan.
     target_logit = torch.full_like(m, torch.nan)
-    buffer = _Buffer(hidden, min(blocks.rows, N), blocks.cols, head.logits_dtype, store)
+    buffer = _Buffer(head, min(blocks.rows, N), blocks.cols, head.logits_dtype, store)
     for r0, r1 in _steps(N, blocks.rows):
         rows = take(hidden, index, r0, r1)
         for c0, c1 in _steps(head.V, blocks.cols):
@@ -239,7 +260,7 @@ def compute_stats(
             logits = buffer.block(r0, r1, c0, c1)
             part.project(rows, logits)
             head.rows.row_stats_(
-                logits,
+                logits[:, : part.V],
                 part.bias,
                 _from_column(targets[r0:r1], head.start + c0),
                 m[r0:r1],
@@ -281,9 +302,9 @@ def compute_gradients(
     dhidden = _Sum(grads.hidden, len(col_steps), blocks.rows, blocks.tokens_inner, True, unscale)
     dweight = _Sum(grads.weight, len(row_steps), blocks.cols, not blocks.tokens_inner, fresh, unscale)
     size = min(blocks.rows, N), blocks.cols
-    buffer = gradients = _Buffer(hidden, *size, head.logits_dtype)
+    buffer = gradients = _Buffer(head, *size, head.logits_dtype)
     if head.logits_dtype != head.compute_dtype and (grads.hidden is not None or grads.weight is not None):
-        gradients = _Buffer(hidden, *size, head.compute_dtype)
+        gradients = _Buffer(head, *size, head.compute_dtype)
     at, part = -1, head
     for (r0, r1), (c0, c1) in order:
         if at != c0:
@@ -295,15 +316,15 @@ def compute_gradients(
         local = _from_column(targets[block], head.start + c0)
         _form_dlogits(part, logits, dlogits, local, stats.take(block), upstream.take(block))
         dhidden.add(r0, r1, dlogits, part.weight, c0 == 0, c1 == head.V)
-        dweight.add(c0, c1, dlogits.T, rows, r0 == 0, r1 == N)
-        add_column_sums(None if grads.bias is None else grads.bias[c0:c1], dlogits, unscale)
+        dweight.add(c0, c1, dlogits[:, : part.V].T, rows, r0 == 0, r1 == N)
+        add_column_sums(None if grads.bias is None else grads.bias[c0:c1], dlogits[:, : part.V], unscale)
 
 
 @without_autocast
 def form_gradient(
     head: Head, store: Tensor, targets: Tensor, stats: RowStats, upstream: Upstream, for_products: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the products in `store` [N, V], and what takes a scale out of it again: in the same memory, but wide
+    """The gradient of the products in `store` [N, V], padded, and what takes a scale out of it again: in the same memory, but wide
     products have their gradient apart where it is `for_products` of its own."""
     upstream, unscale = rescale(upstream, head.compute_dtype)
     is_apart = for_products and head.logits_dtype != head.compute_dtype
@@ -322,22 +343,26 @@ def multiply_out(
     grads: Gradients,
     fresh: bool = True,
 ) -> None:
-    """Write into `grads` what `dlogits` [N, V] of the rows `hidden[index]` come to, as `compute_gradients` does."""
-    N, V = dlogits.shape
+    """Write into `grads` what `dlogits` [N, V], padded, of the rows `hidden[index]` come to, as `compute_gradients` does."""
+    N, V = dlogits.shape[0], head.V
     if grads.hidden is not None:
         _Sum(grads.hidden, 1, N, True, True, unscale).add(0, N, dlogits, head.columns(0, V).weight, True, True)
     if grads.weight is not None:
         rows = take(hidden, index, 0, N).to(head.compute_dtype)
-        _Sum(grads.weight, 1, V, True, fresh, unscale).add(0, V, dlogits.T, rows, True, True)
-    add_column_sums(grads.bias, dlogits, unscale)
+        _Sum(grads.weight, 1, V, True, fresh, unscale).add(0, V, dlogits[:, :V].T, rows, True, True)
+    add_column_sums(grads.bias, dlogits[:, :V], unscale)
 
 
 def _form_dlogits(
     head: Head, logits: Tensor, dlogits: Tensor, targets: Tensor, stats: RowStats, upstream: Upstream
 ) -> None:
-    # The gradient of the products `logits` [N, V], into `dlogits`; `targets` [N] are counted from the first column.
-    entropy = None if upstream.entropy is None else stats.entropy
-    head.rows.dlogits_(logits, dlogits, head.bias, targets, stats.m, stats.log_s, entropy, *upstream, head.transform)
+    # The gradient of the products `logits` [N, V], padded, into `dlogits`; `targets` [N] are counted from the first column.
+    entropy, V = None if upstream.entropy is None else stats.entropy, head.V
+    vectors = (head.bias, targets, stats.m, stats.log_s, entropy, *upstream)
+    head.rows.dlogits_(logits[:, :V], dlogits[:, :V], *vectors, head.transform)
+    if dlogits is not logits:
+        # In place the padding is a product with zeros.
+        dlogits[:, V:].zero_()
 
 
 def add_column_sums(dbias: Tensor | None, dlogits: Tensor, unscale: Tensor | None) -> None:

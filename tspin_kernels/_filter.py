@@ -36,7 +36,7 @@ from tspin_kernels._inputs import HostCopy
 
 # Entries of a dense row that cost as much as one that is kept: estimates, for the CPU and for an H200.
 _ENTRY_COST = {"cpu": 16}
-_ENTRY_COST_ELSEWHERE = 256
+_ENTRY_COST_ELSEWHERE = 128
 
 
 @dataclass
@@ -84,7 +84,7 @@ def filter_bytes(head: Head, device: torch.device) -> tuple[int, int]:
     # PyTorch sums in the dtype of what it sums, rows of the weight and its gradient both.
     widened = 8 * V * D if is_narrow and head.rows is _rows_torch else 0
     # Place and value of an entry, and both again in the order of rows and of columns.
-    return sparse_module(head.rows).SCRATCH + widened, 72 * _most_kept(V, device)
+    return widened, sparse_module(head.rows).SCRATCH + 72 * _most_kept(V, device)
 
 
 @without_autocast
@@ -102,16 +102,16 @@ def compute_filtered_gradients(
     report: FilterReport | None,
     fresh: bool,
 ) -> None:
-    """`compute_gradients` within a tolerance, from the products in `store` [N, V], which is destroyed.
+    """`compute_gradients` within a tolerance, from the products in `store` [N, V], padded, which is destroyed.
 
     Row i of `grads.hidden` [N, D] is written, and the gradient of the weight; not `fresh`: that is added. The bias' is always
     added. `live` [N]: which rows have a gradient.
     """
-    V, device, sparse = store.shape[1], store.device, sparse_module(head.rows)
+    V, device, sparse = head.V, store.device, sparse_module(head.rows)
     # In place: columns are chosen by what is not yet rounded.
     store, unscale = form_gradient(head, store, targets, stats, upstream, for_products=False)
     if grads.bias is not None:
-        add_column_sums(grads.bias, store.masked_fill_(~live.unsqueeze(1), 0), unscale)
+        add_column_sums(grads.bias, store.masked_fill_(~live.unsqueeze(1), 0)[:, :V], unscale)
     size = torch.stack([gradient.abs() for gradient in upstream if gradient is not None]).sum(0)
     size = size if unscale is None else size / unscale
     # What all ranks drop together stays within the tolerance.
@@ -119,7 +119,7 @@ def compute_filtered_gradients(
     limit = tolerance * abs(head.transform.logit_scale) / head.transform.temperature / ranks
     # Of a row that is not finite nothing may go.
     limits = (limit * size).nan_to_num(0, posinf=0)
-    columns, values, lengths = sparse.keep_largest(store, targets - head.start, limits, _most_kept(V, device))
+    columns, values, lengths = sparse.keep_largest(store[:, :V], targets - head.start, limits, _most_kept(V, device))
     lengths = torch.where(live, lengths, 0)
     is_dense = lengths < 0
     counts = HostCopy(torch.stack([live.sum(), is_dense.sum()]))

@@ -215,7 +215,7 @@ def run_groups(
     filtered = call.filter_tolerance is not None
     with_entropy = call.entropy is not False
     ranges = group_blocks(head, hidden, rows, wanted, call.budget, filtered) if any(wanted) else None
-    (V, D), group_size = head.weight.shape, rows.lengths.shape[1]
+    V, D, group_size = head.V, head.weight.shape[1], rows.lengths.shape[1]
     dtype = accumulate_dtype(head.compute_dtype)
     one_pass = ranges is not None
     # Several blocks, or a float16 gradient that waits for its scale, are summed in float32.
@@ -239,7 +239,7 @@ def run_groups(
         block = slice(start, start + n)
         start += n
         index, targets = rows.index[block], rows.targets[block]
-        store = hidden.new_empty(n, V, dtype=head.logits_dtype) if one_pass else None
+        store = hidden.new_empty(n, head.padded(V), dtype=head.logits_dtype) if one_pass else None
         blocks = Blocks(max(1, n), V) if one_pass else plan_blocks(head.sizes(n, hidden, True, *dtypes), call.budget)
         stats = compute_stats(head, hidden, index, targets, blocks, with_entropy, store)
         lengths = rows.lengths[g0:g1]

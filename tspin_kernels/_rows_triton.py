@@ -166,8 +166,9 @@ def _dlogits_kernel(
     SPAN: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    # One program owns SPAN columns of one row, BLOCK_V of them at a time.
-    row = tl.program_id(0).to(tl.int64)
+    # One program owns SPAN columns of one row, BLOCK_V of them at a time; programs follow each other along the rows.
+    spans = tl.cdiv(V, SPAN)
+    row = (tl.program_id(0) // spans).to(tl.int64)
     row_ptr = logits_ptr + row * stride_logits_n
     m = tl.load(m_ptr + row)
     log_s = tl.load(log_s_ptr + row)
@@ -183,7 +184,7 @@ def _dlogits_kernel(
         h = scale * tl.load(h_ptr + row)
         entropy = tl.load(entropy_ptr + row)
 
-    first = tl.program_id(1) * SPAN
+    first = tl.program_id(0) % spans * SPAN
     for start in range(first, tl.minimum(first + SPAN, V), BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         in_v = offs_v < V
@@ -299,7 +300,7 @@ def dlogits_(
     options = _launch_options(logits)
     span = options["BLOCK_V"] * _BLOCKS_PER_PROGRAM
     with torch.cuda.device_of(logits):
-        _dlogits_kernel[(N, triton.cdiv(V, span))](
+        _dlogits_kernel[(N * triton.cdiv(V, span),)](
             logits,
             dlogits,
             logits if bias is None else bias,

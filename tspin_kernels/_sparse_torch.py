@@ -9,7 +9,7 @@ from tspin_kernels._rows_torch import tiles
 FRACTION, FRACTIONS = 2**-0.25, 43
 # How many of a row's columns are looked at one by one: so many, or so many times what it may keep.
 _LISTED, _LISTED_TIMES = 4096, 8
-# Bytes that `keep_largest` needs beside its results, but for tiles.
+# Bytes that `keep_largest` needs for each row beside its results, but for tiles.
 SCRATCH = 0
 
 
@@ -22,8 +22,8 @@ def keep_largest(dlogits: Tensor, targets: Tensor, limits: Tensor, most: int) ->
 
     Returns:
         columns [N, most] int32 in any order, their dlogits [N, most] in the dtype of `limits`, and how many they are [N] int32;
-        -1 for a row that would keep more, whose others are undefined. Where many are above the lowest threshold, a row may be -1
-        that would not.
+        -1 for a row that would keep more, whose others are undefined. A row that has many above the lowest threshold, or a nan, may
+        be -1 too.
     """
     (N, V), dtype = dlogits.shape, limits.dtype
     columns = torch.zeros(N, most, dtype=torch.int32, device=dlogits.device)

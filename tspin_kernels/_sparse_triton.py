@@ -13,36 +13,68 @@ from torch import Tensor
 
 from tspin_kernels._sparse_torch import FRACTION, FRACTIONS
 
-# Of `keep_largest`: programs; lists of each, one for a thread; how long a list is; columns that a thread takes in one turn.
-_KEEP_PROGRAMS, _LISTS, _LISTED, _COLUMNS = 1056, 256, 16, 8
+# Of `keep_largest`: lists of each row, one for a thread; how long a list is.
+_LISTS, _LISTED = 256, 16
 # Rows and columns of the operand of `segment_sums` that a program reads at once.
 _SUM_ROWS, _SUM_BLOCK = 4, 1024
-# Bytes that `keep_largest` needs beside its results.
-SCRATCH = _KEEP_PROGRAMS * _LISTS * _LISTED * 8
+# Bytes that `keep_largest` needs for each row beside its results.
+SCRATCH = 4 * _LISTS * (_LISTED + 1) + 4
 
 
 @triton.jit
-def _list(small, count, values, offs_v, lowest, lists_ptr, LISTS: tl.constexpr, LISTED: tl.constexpr):
-    # A column for each list: small ones are summed up, others written down, bits of column and value.
-    values = values.to(tl.float32)
-    share = tl.abs(values)
-    # A nan is not small.
-    is_small = share <= lowest
-    entry = (offs_v.to(tl.int64) << 32) | values.to(tl.uint32, bitcast=True).to(tl.int64)
-    tl.store(lists_ptr + count * LISTS, entry, mask=(count < LISTED) & ~is_small)
-    return small + tl.where(is_small, share, 0.0), count + tl.where(is_small, 0, 1)
+def _list_large_kernel(
+    dlogits_ptr,  # [N, V'] in any dtype
+    limit_ptr,  # [N] float32
+    lists_ptr,  # [N, LISTED, LISTS] int32, out, first columns over LANE
+    counts_ptr,  # [N, LISTS] int32, out
+    small_ptr,  # [N] float32, out
+    V,
+    stride_n,
+    LOWEST: tl.constexpr,
+    LISTS: tl.constexpr,
+    LISTED: tl.constexpr,
+    LANE: tl.constexpr,
+):
+    # One program owns one row. LANE columns of a thread that are all below the lowest threshold are summed up; if they are not, the
+    # thread lists where they are. Threads meet at the end of the row alone.
+    row = tl.program_id(0).to(tl.int64)
+    lists_ptr += row * (LISTS * LISTED) + tl.arange(0, LISTS)
+    lowest = tl.load(limit_ptr + row) * LOWEST
+    small = tl.zeros([LISTS], tl.float32)
+    count = tl.zeros([LISTS], tl.int32)
+    for start in range(0, V, LISTS * LANE):
+        offs_v = start + tl.arange(0, LISTS)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+        share = tl.abs(tl.load(dlogits_ptr + row * stride_n + offs_v, mask=offs_v < V, other=0.0).to(tl.float32))
+        is_small = tl.max(share, axis=1) <= lowest
+        # A nan, which no maximum need show, spoils the sum.
+        small += tl.where(is_small, tl.sum(share, axis=1), 0.0)
+        tl.store(lists_ptr + count * LISTS, start // LANE + tl.arange(0, LISTS), mask=(count < LISTED) & ~is_small)
+        count += tl.where(is_small, 0, 1)
+    tl.store(counts_ptr + row * LISTS + tl.arange(0, LISTS), count)
+    tl.store(small_ptr + row, tl.sum(small, axis=0))
 
 
-@triton.jit(do_not_specialize=["N", "V", "most"])
+@triton.jit
+def _listed(row_ptr, lists_ptr, count, place, V, LISTS: tl.constexpr, LANE: tl.constexpr):
+    # LANE columns of each list, their values, and which of them there are.
+    in_list = place < count
+    first = tl.load(lists_ptr + place * LISTS, mask=in_list, other=0) * LANE
+    columns = first[:, None] + tl.arange(0, LANE)[None, :]
+    in_row = in_list[:, None] & (columns < V)
+    return columns, tl.load(row_ptr + columns, mask=in_row, other=0.0).to(tl.float32), in_row
+
+
+@triton.jit(do_not_specialize=["most"])
 def _keep_largest_kernel(
     dlogits_ptr,  # [N, V'] in any dtype
     target_ptr,  # [N] int64
     limit_ptr,  # [N] float32
-    lists_ptr,  # [programs, LISTED, LISTS] int64, scratch
+    lists_ptr,  # [N, LISTED, LISTS] int32
+    counts_ptr,  # [N, LISTS] int32
+    small_ptr,  # [N] float32
     columns_ptr,  # [N, most] int32, out
     values_ptr,  # [N, most] float32, out
     lengths_ptr,  # [N] int32, out
-    N,
     V,
     most,
     stride_n,
@@ -50,81 +82,61 @@ def _keep_largest_kernel(
     FRACTIONS: tl.constexpr,
     LISTS: tl.constexpr,
     LISTED: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    LANE: tl.constexpr,
 ):
-    # One program owns every so many rows and reads each once: what the lowest threshold leaves out it sums up, the rest it lists,
-    # each thread for itself. The best threshold is then found in the lists alone.
-    first = tl.program_id(0).to(tl.int64)
-    offs_list = tl.arange(0, LISTS)
-    lists_ptr += first * (LISTS * LISTED) + offs_list
-    for row in range(first, N, tl.num_programs(0)):
-        row_ptr = dlogits_ptr + row * stride_n
-        target = tl.load(target_ptr + row)
-        limit = tl.load(limit_ptr + row)
-        lowest = limit * tl.exp2(LOG_FRACTION * (FRACTIONS - 1.0))
-        small = tl.zeros([LISTS], tl.float32)
-        count = tl.zeros([LISTS], tl.int32)
-        whole = V // (LISTS * COLUMNS) * (LISTS * COLUMNS)
-        for start in range(0, whole, LISTS * COLUMNS):
-            for c in tl.static_range(COLUMNS):
-                offs_v = start + c * LISTS + offs_list
-                values = tl.load(row_ptr + offs_v)
-                small, count = _list(small, count, values, offs_v, lowest, lists_ptr, LISTS, LISTED)
-        for start in range(whole, V, LISTS):
-            offs_v = start + offs_list
-            values = tl.load(row_ptr + offs_v, mask=offs_v < V, other=0.0)
-            small, count = _list(small, count, values, offs_v, lowest, lists_ptr, LISTS, LISTED)
-        all_small = tl.sum(small, axis=0)
+    # One program owns one row and finds the best threshold in what is listed of it.
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = dlogits_ptr + row * stride_n
+    lists_ptr += row * (LISTS * LISTED) + tl.arange(0, LISTS)
+    count = tl.load(counts_ptr + row * LISTS + tl.arange(0, LISTS))
+    longest = tl.max(count, axis=0)
+    limit = tl.load(limit_ptr + row)
+    small = tl.load(small_ptr + row)
+    target = tl.load(target_ptr + row)
+    # Written so that a nan is dense.
+    tl.store(lengths_ptr + row, -1)
+    if tl.where(small <= limit, longest, LISTED + 1) <= LISTED:
+        low, high = 0, FRACTIONS - 1
+        while low < high:
+            middle = (low + high) // 2
+            threshold = limit * tl.exp2(LOG_FRACTION * middle)
+            left_out = tl.zeros([LISTS], tl.float32)
+            for place in range(0, longest):
+                _, values, _ = _listed(row_ptr, lists_ptr, count, place, V, LISTS, LANE)
+                share = tl.abs(values)
+                left_out += tl.sum(tl.where(share <= threshold, share, 0.0), axis=1)
+            fits = small + tl.sum(left_out, axis=0) <= limit
+            low = tl.where(fits, low, middle + 1)
+            high = tl.where(fits, middle, high)
 
-        longest = tl.max(count, axis=0)
-
-        # Whatever thread reads a list: it is written, and will be read before the next row's.
-        tl.debug_barrier()
-        # Written so that a nan is dense.
-        tl.store(lengths_ptr + row, -1)
-        if tl.where(all_small <= limit, longest, LISTED + 1) <= LISTED:
-            low, high = 0, FRACTIONS - 1
-            while low < high:
-                middle = (low + high) // 2
-                threshold = limit * tl.exp2(LOG_FRACTION * middle)
-                left_out = tl.zeros([LISTS], tl.float32)
-                for place in range(0, longest):
-                    entry = tl.load(lists_ptr + place * LISTS, mask=place < count, other=0)
-                    share = tl.abs(entry.to(tl.int32).to(tl.float32, bitcast=True))
-                    left_out += tl.where(share <= threshold, share, 0.0)
-                fits = all_small + tl.sum(left_out, axis=0) <= limit
-                low = tl.where(fits, low, middle + 1)
-                high = tl.where(fits, middle, high)
-
-            threshold = limit * tl.exp2(LOG_FRACTION * low)
-            kept = tl.zeros([LISTS], tl.int32)
-            is_listed = tl.zeros([LISTS], tl.int32)
+        threshold = limit * tl.exp2(LOG_FRACTION * low)
+        kept = tl.zeros([LISTS], tl.int32)
+        is_listed = tl.zeros([LISTS], tl.int32)
+        for place in range(0, longest):
+            columns, values, in_row = _listed(row_ptr, lists_ptr, count, place, V, LISTS, LANE)
+            is_target = in_row & (columns == target)
+            is_listed += tl.sum(tl.where(is_target, 1, 0), axis=1)
+            kept += tl.sum(tl.where(is_target | (in_row & ~(tl.abs(values) <= threshold)), 1, 0), axis=1)
+        # A target among columns that are all small comes last.
+        is_added = tl.where((target >= 0) & (target < V), 1 - tl.sum(is_listed, axis=0), 0)
+        total = tl.sum(kept, axis=0) + is_added
+        if total <= most:
+            tl.store(lengths_ptr + row, total)
+            into = row * most + tl.cumsum(kept, axis=0) - kept
             for place in range(0, longest):
                 in_list = place < count
-                entry = tl.load(lists_ptr + place * LISTS, mask=in_list, other=0)
-                share = tl.abs(entry.to(tl.int32).to(tl.float32, bitcast=True))
-                is_target = in_list & ((entry >> 32) == target)
-                is_listed += tl.where(is_target, 1, 0)
-                kept += tl.where(is_target | (in_list & ~(share <= threshold)), 1, 0)
-            # A target that is too small for the lists comes last.
-            is_added = tl.where((target >= 0) & (target < V), 1 - tl.sum(is_listed, axis=0), 0)
-            total = tl.sum(kept, axis=0) + is_added
-            if total <= most:
-                tl.store(lengths_ptr + row, total)
-                into = row * most + tl.cumsum(kept, axis=0) - kept
-                for place in range(0, longest):
-                    in_list = place < count
-                    entry = tl.load(lists_ptr + place * LISTS, mask=in_list, other=0)
-                    value = entry.to(tl.int32).to(tl.float32, bitcast=True)
-                    is_kept = in_list & (((entry >> 32) == target) | ~(tl.abs(value) <= threshold))
-                    tl.store(columns_ptr + into, (entry >> 32).to(tl.int32), mask=is_kept)
+                first = tl.load(lists_ptr + place * LISTS, mask=in_list, other=0) * LANE
+                for column in range(LANE):
+                    in_row = in_list & (first + column < V)
+                    value = tl.load(row_ptr + first + column, mask=in_row, other=0.0).to(tl.float32)
+                    is_kept = in_row & ((first + column == target) | ~(tl.abs(value) <= threshold))
+                    tl.store(columns_ptr + into, first + column, mask=is_kept)
                     tl.store(values_ptr + into, value, mask=is_kept)
                     into += tl.where(is_kept, 1, 0)
-                last = row * most + total - 1
-                value = tl.load(row_ptr + target, mask=is_added > 0, other=0.0).to(tl.float32)
-                tl.store(columns_ptr + last, target.to(tl.int32), mask=is_added > 0)
-                tl.store(values_ptr + last, value, mask=is_added > 0)
-        tl.debug_barrier()
+            last = row * most + total - 1
+            value = tl.load(row_ptr + target, mask=is_added > 0, other=0.0).to(tl.float32)
+            tl.store(columns_ptr + last, target.to(tl.int32), mask=is_added > 0)
+            tl.store(values_ptr + last, value, mask=is_added > 0)
 
 
 @triton.jit
@@ -173,28 +185,40 @@ def keep_largest(dlogits: Tensor, targets: Tensor, limits: Tensor, most: int) ->
     columns = torch.empty(N, most, dtype=torch.int32, device=dlogits.device)
     values = torch.empty(N, most, dtype=torch.float32, device=dlogits.device)
     lengths = torch.empty(N, dtype=torch.int32, device=dlogits.device)
-    programs = min(N, _KEEP_PROGRAMS)
-    lists = torch.empty(programs, _LISTED, _LISTS, dtype=torch.int64, device=dlogits.device)
+    lists = torch.empty(N, _LISTED, _LISTS, dtype=torch.int32, device=dlogits.device)
+    counts = torch.empty(N, _LISTS, dtype=torch.int32, device=dlogits.device)
+    small = torch.empty_like(limits)
+    # LANE: columns that a thread reads at once, 16 bytes.
+    options = {"LISTS": _LISTS, "LISTED": _LISTED, "LANE": 16 // dlogits.element_size(), "num_warps": _LISTS // 32}
     if N:
         with torch.cuda.device_of(dlogits):
-            _keep_largest_kernel[(programs,)](
+            _list_large_kernel[(N,)](
+                dlogits,
+                limits,
+                lists,
+                counts,
+                small,
+                V,
+                dlogits.stride(0),
+                LOWEST=FRACTION ** (FRACTIONS - 1),
+                **options,
+            )
+            _keep_largest_kernel[(N,)](
                 dlogits,
                 targets,
                 limits,
                 lists,
+                counts,
+                small,
                 columns,
                 values,
                 lengths,
-                N,
                 V,
                 most,
                 dlogits.stride(0),
                 LOG_FRACTION=math.log2(FRACTION),
                 FRACTIONS=FRACTIONS,
-                LISTS=_LISTS,
-                LISTED=_LISTED,
-                COLUMNS=_COLUMNS,
-                num_warps=_LISTS // 32,
+                **options,
             )
     return columns, values, lengths
 

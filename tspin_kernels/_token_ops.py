@@ -17,6 +17,7 @@ from tspin_kernels._blocks import (
     compute_stats,
     form_gradient,
     multiply_out,
+    padded_columns,
     rows_module,
 )
 from tspin_kernels._inputs import LogitTransform, accumulate_dtype, check_targets_in_range
@@ -81,8 +82,8 @@ def _stores(
     # Decided on all rows, ignored ones too, so that shapes never depend on data. A row-kernel module plays no part in it.
     head = Head(weight, bias, LogitTransform(), operand_dtype, logits_dtype, rows=torch)
     N = hidden.shape[0]
-    total = head.sizes(N, hidden, False, *gradient_dtypes).total(N, head.V)
-    return total + (0 if in_place else N * head.V * logits_dtype.itemsize) <= memory_budget
+    total = head.sizes(N, hidden, False, *gradient_dtypes).total(N, head.widest)
+    return total + (0 if in_place else N * head.widest * logits_dtype.itemsize) <= memory_budget
 
 
 @torch.library.custom_op("tspin_kernels::linear_logprobs", mutates_args=())
@@ -111,7 +112,7 @@ def forward_op(
     N = counted.shape[0]
     dtypes = _gradient_dtypes(hidden, weight, grad_buffer, operand_dtype, wanted, group)
     if any(wanted) and _stores(hidden, weight, bias, operand_dtype, logits_dtype, memory_budget, in_place, dtypes):
-        products = hidden.new_empty(hidden.shape[0], head.V, dtype=head.logits_dtype)
+        products = hidden.new_empty(hidden.shape[0], head.padded(head.V), dtype=head.logits_dtype)
         store, blocks = products[:N], Blocks(max(1, N), head.V)
         products[N:].zero_()
     else:
@@ -157,7 +158,8 @@ def _(
     row = hidden.new_empty(targets.shape, dtype=accumulate_dtype(operand_dtype))
     dtypes = _gradient_dtypes(hidden, weight, grad_buffer, operand_dtype, wanted, group)
     stores = any(wanted) and _stores(hidden, weight, bias, operand_dtype, logits_dtype, memory_budget, in_place, dtypes)
-    products = hidden.new_empty((hidden.shape[0], weight.shape[0]) if stores else (0, 0), dtype=logits_dtype)
+    width = padded_columns(weight.shape[0], operand_dtype)
+    products = hidden.new_empty((hidden.shape[0], width) if stores else (0, 0), dtype=logits_dtype)
     entropy = torch.empty_like(row) if with_entropy else row.new_empty(0)
     return row, entropy, torch.empty_like(row), torch.empty_like(row), torch.empty_like(row), products
 

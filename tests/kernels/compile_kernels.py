@@ -59,6 +59,7 @@ def launch(logits: torch.dtype, dlogits: torch.dtype, bias: torch.dtype, flags: 
         into = products if logits == dlogits else gradient
         rows.dlogits_(products, into, *common, row, row, entropy, g, entropy, q, transform)
         rows.scale_(gradient, row[0])
+        rows.move_rows_(products, common[1])
         sparse.keep_largest(products, common[1], row, max(1, V // 256))
         for index, fresh in ((torch.int32, True), (torch.int64, False)):
             entries, starts = torch.empty(900000, dtype=index), torch.empty(V + 1, dtype=torch.int64)

