@@ -2,8 +2,8 @@
 # On a machine with a GPU: the kernels' correctness suite, the row kernels alone, then the benchmark; all results in one folder of
 # at most 8 files.
 #   COMMIT=<what rows call the code> PEERS=<folder> benchmarks/device.sh FOLDER SECONDS [arguments of the benchmark]
-# The ops: QuACK, TRL and Liger on all shapes first, then peaked data, then every peer on one shape, whose tuning and compiling takes
-# longest. WHAT=training measures training steps and the longest context in place of the ops, and predicted memory beside the GPU's count:
+# The ops: all shapes first, where compiling the four peers takes 46 s of the first process, then peaked data, 131,072 tokens, and blocks
+# that stay in the L2 cache. WHAT=training measures training steps and the longest context in place of the ops, and predicted memory beside the GPU's count:
 # a fifth of the time for steps, the rest for the searches, 24 GiB first, the whole GPU after; what has no time left is a lower bound.
 # TESTS names other tests, 0 leaves them out; they run in WORKERS processes. PEERS holds the peers' packages unpacked, as pack_peers.sh
 # packs them. An H200 with 16 cores took 107 s for the tests, beside other work.
@@ -24,7 +24,8 @@ status=0
 start=$SECONDS
 if [ "${TESTS:-}" != 0 ]; then
     tests=${TESTS:-tests/kernels tests/tspin/test_shared_attention.py tests/tspin/test_continuous.py}
-    timeout $((seconds / 2)) python3 -m pytest $tests -n "${WORKERS:-8}" -q -ra 2>&1 | tee "$out/tests.log" | tail -n 15 || status=1
+    # -v: a run that is cut off has named what failed.
+    timeout $((seconds / 2)) python3 -m pytest $tests -n "${WORKERS:-8}" -v -ra 2>&1 | tee "$out/tests.log" | tail -n 15 || status=1
 fi
 commit=(${COMMIT:+--commit "$COMMIT"})
 if [ "${WHAT:-logprobs}" = training ]; then
@@ -43,9 +44,10 @@ else
     if [ $# -gt 0 ]; then
         logprobs 10 "$@"
     else
-        logprobs 5 --cases goals --data random --peers quack,trl,liger_flsce
-        logprobs 2 --cases n8192-d4096-v151936 --data peaked --peers quack
-        logprobs 3 --cases n4096-d4096-v128256 --data random --peers all
+        logprobs 6 --cases goals,odd --data random --peers quack,trl,liger_flsce,verl
+        logprobs 1 --cases n8192-d4096-v151936 --data peaked --peers quack
+        logprobs 2 --cases long --data random --peers trl,liger_flsce
+        logprobs 1 --cases l2 --data random
     fi
 fi
 tail -n 5 "$out/errors.txt"

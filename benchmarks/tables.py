@@ -139,7 +139,8 @@ def training_table(rows: Iterable[Row]) -> str:
                 lengths or row["prompt_per_response"],
                 cap,
             )
-            cells.setdefault(key, {})[row["implementation"]] = row
+            cell = cells.setdefault(key, {})
+            cell[row["implementation"]] = _latest(cell.get(row["implementation"]), row)
     for (benchmark, model, method, device, size, cap), found in cells.items():
         ratio = "" if benchmark == "train_step" else " prompt tokens a response token"
         lines += ["", " | ".join(filter(None, (benchmark, model, method, f"{size}{ratio}", cap, device)))]
@@ -150,6 +151,13 @@ def training_table(rows: Iterable[Row]) -> str:
             why = row.get("refused") or row.get("missing") or ""
             lines.append(f"  {name:16}" + "".join(parts) + f"  {why}".rstrip())
     return "\n".join(lines)
+
+
+def _latest(before: Row | None, row: Row) -> Row:
+    """The later of two rows; but a search that was cut off, which gives a lower bound, only where it came further."""
+    if before is None or not row["missing"] or row["benchmark"] != "memory":
+        return row
+    return row if before["missing"] and row["longest"] >= before["longest"] else before
 
 
 def step_name(row: Row) -> str:

@@ -31,7 +31,7 @@ from tspin.generate import Generation, check_request, next_tokens, row_uniforms,
 if TYPE_CHECKING:
     from tspin.data import Example
 
-_CPU_PAGE = 256
+_PAGE = 256
 
 
 class _RowDraws(ContinuousBatchingLogitsProcessor):
@@ -137,12 +137,9 @@ def _run(
     """The token ids of each example, from a manager that lives as long as this call."""
     if not hasattr(model, "init_continuous_batching"):
         raise _unknown(f"{type(model).__name__} has no init_continuous_batching")
-    lengths = sorted((len(e.prompt_ids) + max_new_tokens for e in examples), reverse=True)
-    limits: dict[str, Any] = {"max_requests_per_batch": min(batch_size, len(examples))}
-    if model.device.type == "cpu":
-        # Left to itself it takes 60 % of the machine's memory.
-        blocks = sum(-(-length // _CPU_PAGE) + 1 for length in lengths[:batch_size])
-        limits |= {"num_blocks": blocks, "max_batch_tokens": max(256, batch_size)}
+    lengths = [len(e.prompt_ids) + max_new_tokens for e in examples]
+    free = torch.cuda.mem_get_info(model.device)[0] if model.device.type == "cuda" else None
+    limits = _limits(model, lengths, batch_size, free)
     if hasattr(ContinuousBatchingConfig, "auto_switch_to_flash"):
         # Flash kernels know no float32.
         limits["auto_switch_to_flash"] = model.dtype in (torch.float16, torch.bfloat16)
@@ -189,6 +186,22 @@ def _run(
             manager.stop(block=True, timeout=60)
             manager.destroy()
     return [results[index] for index in range(len(examples))]
+
+
+def _limits(model: Any, lengths: Sequence[int], batch_size: int, free: int | None) -> dict[str, Any]:
+    """What the cache may be at most: as large as the longest requests need together, where `free` bytes of a GPU hold that.
+
+    Left to itself it takes 60 % of a machine's memory, and 80 % of a GPU's whatever other processes have of it.
+    """
+    limits: dict[str, Any] = {"max_requests_per_batch": min(batch_size, len(lengths))}
+    blocks = sum(-(-length // _PAGE) + 1 for length in sorted(lengths, reverse=True)[:batch_size])
+    if free is None:
+        return limits | {"num_blocks": blocks, "max_batch_tokens": max(256, batch_size)}
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    page = 2 * _PAGE * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    return limits | ({"num_blocks": blocks} if blocks * page < free // 2 else {})
 
 
 def _unknown(why: str) -> ValueError:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
-from tspin.model import head_of
+from tspin.model import cache_keyword, head_of
 from tspin.prefix import refusal
 
 if TYPE_CHECKING:
@@ -91,11 +91,12 @@ class Forward:
             with torch.no_grad(), torch.device("meta"):
                 flops = [_flops(model, length) for length in (short, long)]
                 cache: Any = DynamicCache(config=model.config)
+                cached = {cache_keyword(model): cache}
                 prompt = torch.zeros(1, short, dtype=torch.int64)
-                core(prompt, use_cache=True, past_key_values=cache)
+                core(prompt, use_cache=True, **cached)
                 kept = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
                 with _Kernels() as kernels:
-                    core(prompt[:, :1], use_cache=True, past_key_values=cache)
+                    core(prompt[:, :1], use_cache=True, **cached)
         except Exception as error:
             raise ValueError(f"cost: {type(model).__name__} cannot be counted without data: {error}") from error
         # Linear in the tokens but for attention, which is counted there without a mask: all pairs.

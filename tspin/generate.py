@@ -32,7 +32,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from tspin.model import naming_out_of_memory, vocabulary_size
+from tspin.model import cache_keyword, naming_out_of_memory, vocabulary_size
 from tspin.storage import read_shard, remove_partial, shard_request, write_shard
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _decode_batch(
     stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     live = torch.arange(len(prompts), device=device)
     for step in range(max_new_tokens):
-        inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "past_key_values": cache}
+        inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, cache_keyword(model): cache}
         if "position_ids" in known:
             inputs["position_ids"] = positions
         if "logits_to_keep" in known:

@@ -242,6 +242,11 @@ def _score(model: nn.Module, plain_forward: Callable, score: ScoreRequest, **inp
     return sequence_loss(logprobs, entropy, score.sequence_ids, score.loss_fn, **groups)
 
 
+def cache_keyword(model: nn.Module) -> str:
+    """What the model's forward calls its cache of keys and values: transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(causal_lm(model).forward).parameters else "past_key_values"
+
+
 def install_scoring(model: nn.Module) -> None:
     """Give the model's own forward the keyword `score`: with a ScoreRequest it returns (loss, SequenceStats).
 

@@ -34,7 +34,7 @@ from tspin_kernels._blocks import (
 )
 from tspin_kernels._inputs import HostCopy
 
-# Entries of a dense row that cost as much as one that is kept: estimates, for the CPU and for an H200.
+# Entries of a dense row that cost as much as one that is kept: an estimate for the CPU, measured on an H200.
 _ENTRY_COST = {"cpu": 16}
 _ENTRY_COST_ELSEWHERE = 128
 

@@ -118,7 +118,7 @@ def linear_sequence_loss(
             probability; None is exact. With g and h a row's upstream gradients of log-prob and entropy, e = tau (|g| + |h|)
             logit_scale / temperature bounds its sum of |dlogits| left out; the error of its dhidden is at most e times the longest
             row of `weight`, that of dweight (Frobenius) at most the sum over rows of e times the length of the hidden row.
-            The bound is summed up for each row, and a row that cannot meet it with few columns (on a GPU a 256th of them) is exact,
+            The bound is summed up for each row, and a row that cannot meet it with few columns (on a GPU a 128th of them) is exact,
             as are the loss, the statistics, the gradient of `bias` and groups beyond the budget. A column that no row keeps gets
             no gradient in `weight`. Peaked distributions gain time, flat ones lose a little.
         filter_report: a `FilterReport` to which this call adds what it kept.

@@ -67,6 +67,15 @@ def test_a_gpu_gives_the_responses_of_batched_decoding(dtype, share):
     assert len({len(g.token_ids) for g in got}) > 5
 
 
+def test_a_gpu_is_asked_for_no_more_than_the_requests_need():
+    model = toy_model()
+    page = 2 * 256 * model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim * 4
+    lengths = [10, 300, 20, 600]  # the longest two: 3 and 4 blocks, one of each to spare
+    for free, blocks in ((None, 7), (15 * page, 7), (14 * page, None)):
+        limits = continuous._limits(model, lengths, 2, free)
+        assert limits["max_requests_per_batch"] == 2 and limits.get("num_blocks") == blocks
+
+
 def test_it_leaves_model_and_random_state_as_they_were():
     model = toy_model().train()
     state, attention = torch.get_rng_state(), model.config._attn_implementation
