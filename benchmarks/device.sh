@@ -2,11 +2,11 @@
 # On a machine with a GPU: the kernels' correctness suite, the row kernels alone, then the benchmark; all results in one folder of
 # at most 8 files.
 #   COMMIT=<what rows call the code> PEERS=<folder> benchmarks/device.sh FOLDER SECONDS [arguments of the benchmark]
-# The ops: all shapes first, where compiling the four peers takes 46 s of the first process, then peaked data, 131,072 tokens, and blocks
-# that stay in the L2 cache. WHAT=training measures training steps and the longest context in place of the ops, and predicted memory beside the GPU's count:
-# a fifth of the time for steps, the rest for the searches, 24 GiB first, the whole GPU after; what has no time left is a lower bound.
-# TESTS names other tests, 0 leaves them out; they run in WORKERS processes. PEERS holds the peers' packages unpacked, as pack_peers.sh
-# packs them. An H200 with 16 cores took 107 s for the tests, beside other work.
+# The ops: all shapes first, where compiling the four peers takes 46 s of the first process, then peaked data, 131,072 tokens, and
+# blocks that stay in the L2 cache. WHAT=training measures training steps and the longest context in place of the ops, and predicted
+# memory beside the GPU's count: a fifth of the time for steps, the rest for the searches, 24 GiB first, the whole GPU after; what has
+# no time left is a lower bound, so nothing else should run beside it. TESTS names other tests, 0 leaves them out; they run in WORKERS
+# processes: two minutes on an H200 with 16 cores. PEERS holds the peers' packages unpacked, as pack_peers.sh packs them.
 # Exits with 1 where a test failed or ours could not be measured.
 set -uo pipefail
 cd "$(dirname "$0")/.."

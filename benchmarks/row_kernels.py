@@ -17,11 +17,11 @@ from benchmarks import measure
 from tspin_kernels import _rows_torch
 from tspin_kernels._inputs import LogitTransform
 
-# Columns that a program takes at once, warps, and (dlogits) how many such blocks it owns, 0: all of its row.
+# Columns that a program takes at once, and warps.
 BLOCKS = ((1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (4096, 16), (8192, 8), (8192, 16), (16384, 16))
 CONFIGURATIONS = [
-    *(("row_stats", block_v, warps, 0) for block_v, warps in BLOCKS),
-    *(("dlogits", block_v, warps, blocks) for block_v, warps in BLOCKS[:7] for blocks in (1, 4, 0)),
+    *(("row_stats", block_v, warps) for block_v, warps in BLOCKS),
+    *(("dlogits", block_v, warps) for block_v, warps in BLOCKS[:7]),
 ]
 # dtypes of the logits and of their gradient
 DTYPES = ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16))
@@ -60,18 +60,14 @@ class _Inputs:
         module.dlogits_(self.logits[rows], into, None, *(v[rows] for v in vectors), None, LogitTransform())
 
 
-def _configured(configuration: tuple[str, int, int, int], inputs: _Inputs) -> Callable[[], Any]:
+def _configured(configuration: tuple[str, int, int], inputs: _Inputs) -> Callable[[], Any]:
     from tspin_kernels import _rows_triton
 
-    kernel, block_v, warps, blocks = configuration
+    kernel, block_v, warps = configuration
     options = {"BLOCK_V": block_v, "num_warps": warps}
-    blocks = blocks or -(-inputs.logits.shape[1] // block_v)
 
     def call() -> Any:
-        with (
-            mock.patch.object(_rows_triton, "_launch_options", lambda _: options),
-            mock.patch.object(_rows_triton, "_BLOCKS_PER_PROGRAM", blocks),
-        ):
+        with mock.patch.object(_rows_triton, "_launch_options", lambda _: options):
             if kernel == "dlogits":
                 inputs.form_dlogits(_rows_triton, inputs.dlogits)
                 return inputs.dlogits
@@ -107,8 +103,8 @@ def run(
         calls: dict[Any, Callable[[], Any]] = {"copy": partial(copy.copy_, inputs.logits)}
         found: dict[Any, dict[str, Any]] = {}
         for configuration in CONFIGURATIONS:
-            kernel, block_v, warps, blocks = configuration
-            row = {"kernel": kernel, "block_v": block_v, "num_warps": warps, "blocks_per_program": blocks}
+            kernel, block_v, warps = configuration
+            row = {"kernel": kernel, "block_v": block_v, "num_warps": warps}
             read, written = (
                 t.nbytes if kernel == "dlogits" or t is inputs.logits else 0 for t in (inputs.logits, inputs.dlogits)
             )
@@ -138,10 +134,9 @@ def run(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows, fastest first."""
-    lines = [f"{'kernel':10} {'dtype':9} {'block':>6} {'warps':>5} {'blocks':>6} {'ms':>9} {'TB/s':>6} {'of copy':>7}"]
+    lines = [f"{'kernel':10} {'dtype':9} {'block':>6} {'warps':>5} {'ms':>9} {'TB/s':>6} {'of copy':>7}"]
     for row in sorted(rows, key=lambda row: (row["kernel"], row["dtype"], row.get("ms") or 1e9)):
-        blocks = {0: "row"}.get(row["blocks_per_program"], row["blocks_per_program"])
-        start = f"{row['kernel']:10} {row['dtype']:9} {row['block_v']:6} {row['num_warps']:5} {blocks:>6} "
+        start = f"{row['kernel']:10} {row['dtype']:9} {row['block_v']:6} {row['num_warps']:5} "
         shown = f"{row['ms']:9.3f} {row['tb_per_s']:6.2f} {row['of_copy']:7.2f}" if "ms" in row else row["refused"]
         lines.append(start + shown)
     return "\n".join(lines)

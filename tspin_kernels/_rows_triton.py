@@ -15,8 +15,6 @@ from torch import Tensor
 from tspin_kernels._inputs import LogitTransform
 
 _MAX_BLOCK_V = 4096
-# Blocks of columns that one program of `_dlogits_kernel` owns.
-_BLOCKS_PER_PROGRAM = 1
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 # Any below the logarithm of the smallest float32.
 _LOG_ZERO = tl.constexpr(-200.0)
@@ -163,12 +161,12 @@ def _dlogits_kernel(
     HAS_G: tl.constexpr,
     HAS_H: tl.constexpr,
     HAS_Q: tl.constexpr,
-    SPAN: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    # One program owns SPAN columns of one row, BLOCK_V of them at a time; programs follow each other along the rows.
-    spans = tl.cdiv(V, SPAN)
-    row = (tl.program_id(0) // spans).to(tl.int64)
+    # One program owns BLOCK_V columns of one row; programs follow each other along the rows.
+    blocks = tl.cdiv(V, BLOCK_V)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    start = tl.program_id(0) % blocks * BLOCK_V
     row_ptr = logits_ptr + row * stride_logits_n
     m = tl.load(m_ptr + row)
     log_s = tl.load(log_s_ptr + row)
@@ -184,25 +182,23 @@ def _dlogits_kernel(
         h = scale * tl.load(h_ptr + row)
         entropy = tl.load(entropy_ptr + row)
 
-    first = tl.program_id(0) % spans * SPAN
-    for start in range(first, tl.minimum(first + SPAN, V), BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        in_v = offs_v < V
-        products = tl.load(row_ptr + offs_v, mask=in_v, other=0.0)
-        z, slope = _logits_tile(
-            products, bias_ptr, offs_v, in_v, logit_scale, softcap, temperature, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
-        )
-        log_p = (z - m) - log_s
-        factor = base
-        if HAS_H:
-            # Where p is zero log_p may be infinite, and their product nan.
-            factor = base - h * (tl.maximum(log_p, _LOG_ZERO) + entropy)
-        dz = _exp(log_p) * factor
-        if HAS_G:  # noqa: SIM102
-            # A branch, since few programs hold the target.
-            if (target >= start) & (target < start + BLOCK_V):
-                dz += tl.where(offs_v == target, g, 0.0)
-        tl.store(dlogits_ptr + row * stride_dlogits_n + offs_v, dz * slope, mask=in_v)
+    offs_v = start + tl.arange(0, BLOCK_V)
+    in_v = offs_v < V
+    products = tl.load(row_ptr + offs_v, mask=in_v, other=0.0)
+    z, slope = _logits_tile(
+        products, bias_ptr, offs_v, in_v, logit_scale, softcap, temperature, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP
+    )
+    log_p = (z - m) - log_s
+    factor = base
+    if HAS_H:
+        # Where p is zero log_p may be infinite, and their product nan.
+        factor = base - h * (tl.maximum(log_p, _LOG_ZERO) + entropy)
+    dz = _exp(log_p) * factor
+    if HAS_G:  # noqa: SIM102
+        # A branch, since few programs hold the target.
+        if (target >= start) & (target < start + BLOCK_V):
+            dz += tl.where(offs_v == target, g, 0.0)
+    tl.store(dlogits_ptr + row * stride_dlogits_n + offs_v, dz * slope, mask=in_v)
 
 
 @triton.jit
@@ -298,9 +294,8 @@ def dlogits_(
     N, V = logits.shape
     assert logits.stride(1) == dlogits.stride(1) == 1
     options = _launch_options(logits)
-    span = options["BLOCK_V"] * _BLOCKS_PER_PROGRAM
     with torch.cuda.device_of(logits):
-        _dlogits_kernel[(N * triton.cdiv(V, span),)](
+        _dlogits_kernel[(N * triton.cdiv(V, options["BLOCK_V"]),)](
             logits,
             dlogits,
             logits if bias is None else bias,
@@ -323,7 +318,6 @@ def dlogits_(
             HAS_G=g is not None,
             HAS_H=h is not None,
             HAS_Q=q is not None,
-            SPAN=span,
             **options,
         )
 

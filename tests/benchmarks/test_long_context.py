@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import long_context, measure, training
+from benchmarks import long_context, measure, tables, training
 from benchmarks.__main__ import main
 
 CPU = torch.device("cpu")
@@ -94,6 +94,19 @@ def test_a_device_without_memory_is_a_row(tmp_path, monkeypatch):
     found = long_context.memory([("tiny", "full")], [4.0], [1.0], ["naive"], **common)
     assert 380 <= found[-1]["longest"] <= 400
     assert any(row["missing"] == "out of memory" and row["tokens"] > 400 for row in found)
+
+
+def test_a_search_that_was_cut_off_replaces_none_that_came_further():
+    cell = {"benchmark": "memory", "model": "m", "method": "full", "device": "d", "prompt_per_response": 8.0}
+    cell |= {"cap_gib": 24.0, "implementation": "tspin", "peak_gib": 1.0, "ms": None, "refused": None}
+    for found, shown in (
+        ([(70, "cut"), (50, "cut")], 70),
+        ([(50, "cut"), (70, "cut")], 70),
+        ([(60, None), (70, "cut")], 60),
+        ([(70, "cut"), (60, None)], 60),
+    ):
+        table = tables.training_table(cell | {"longest": longest, "missing": missing} for longest, missing in found)
+        assert f"{shown} longest" in table and table.count("longest") == 1
 
 
 class Clocked:

@@ -265,6 +265,17 @@ def test_more_columns_above_the_lowest_threshold_than_are_listed(fused):
     assert lengths.tolist() == [-1 if fused.backend == "triton" else 0, 0]
 
 
+def test_small_columns_count_beside_those_that_are_looked_at(fused):
+    """Three of a fifth of the limit could go, were there not 3,000 that together have seven tenths of it."""
+    kernels = _filter.sparse_module(rows_module(fused.backend, torch.device(fused.device)))
+    dlogits, at = torch.zeros(2, 5000, device=fused.device), [4001, 4333, 4999]
+    dlogits[:, at] = 0.2
+    dlogits[1, :3000] = 0.7 / 3000
+    limits, targets = torch.ones(2, device=fused.device), torch.full((2,), -1, device=fused.device)
+    columns, _, lengths = kernels.keep_largest(dlogits, targets, limits, 3)
+    assert lengths.tolist() == [0, 3] and sorted(columns[1, :3].tolist()) == at
+
+
 def test_a_vocabulary_too_small_to_choose_from_is_dense(fused):
     call, report = make_call(["peaked"] * 40, dtype=torch.float32), FilterReport()
     call = [call[0], call[1][:15], call[2] % 15, call[3]]
