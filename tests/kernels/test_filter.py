@@ -304,6 +304,9 @@ def test_a_vocabulary_too_small_to_choose_from_is_dense(fused):
     seed=st.integers(0, 2**31),
 )
 @example(columns=2500, most=400, dtype=torch.float32, tolerance=0.01, peak=40.0, bad=None, seed=1)  # from several tiles
+@example(
+    columns=300, most=400, dtype=torch.float32, tolerance=0.3, peak=6.0, bad=math.nan, seed=2
+)  # a nan among what is kept
 def test_what_a_row_keeps(fused, columns, most, dtype, tolerance, peak, bad, seed):
     """Everything but small elements that together stay within the limit; the target; and all that is not finite."""
     draw = torch.Generator().manual_seed(seed)
