@@ -20,7 +20,7 @@ _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _LOG_ZERO = tl.constexpr(-200.0)
 # Of `scale_`: enough programs to fill any GPU, few enough to cost nothing when they have nothing to do.
 _SCALE_BLOCK, _SCALE_PROGRAMS = 2048, 2048
-_MOVED_BLOCK = 8192
+_MOVE_OPTIONS = {"BLOCK": 8192, "num_warps": 8}
 
 
 @triton.jit
@@ -335,6 +335,4 @@ def move_rows_(store: Tensor, order: Tensor) -> None:
     assert store.stride(1) == 1
     if order.shape[0]:
         with torch.cuda.device_of(store):
-            _move_rows_kernel[(order.shape[0],)](
-                store, order, store.shape[1], store.stride(0), BLOCK=_MOVED_BLOCK, num_warps=8
-            )
+            _move_rows_kernel[(order.shape[0],)](store, order, store.shape[1], store.stride(0), **_MOVE_OPTIONS)
