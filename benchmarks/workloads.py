@@ -51,7 +51,7 @@ CASES = (
         memory_budget=4 * 2**30,
         implementations=("naive", "trl", "liger_flsce", "tspin:recompute", "tspin:infer"),
     ),
-    # A token added to 32000: a width from which matrix units cannot load.
+    # A token added to 32000.
     Case("n8192-d4096-v32001", 8192, 4096, 32001, ("odd",)),
     # Blocks of logits that stay in the L2 cache of a GPU, and such that do not.
     *(

@@ -541,6 +541,21 @@ MUTATIONS = [
         "test_inputs_and_masks.py",
     ),
     Mutation(
+        "no vocabulary is padded",
+        "_blocks.py",
+        "if dtype in _NARROW else columns",
+        "if False else columns",
+        "test_memory.py",
+    ),
+    Mutation("slices begin anywhere", "_blocks.py", "step - step % _ALIGNED or step", "step", "test_memory.py"),
+    Mutation(
+        "sequence ids wrap",
+        "_groups.py",
+        "torch.int16 if num_groups * group_size < 2**15",
+        "torch.int16 if True",
+        "test_sequence_layout.py",
+    ),
+    Mutation(
         "padding of a block is taken for columns",
         "_blocks.py",
         "logits[:, : part.V],\n",

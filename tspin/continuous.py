@@ -31,6 +31,7 @@ from tspin.generate import Generation, check_request, next_tokens, row_uniforms,
 if TYPE_CHECKING:
     from tspin.data import Example
 
+# Tokens of a page of the cache, transformers' default.
 _PAGE = 256
 
 
@@ -200,8 +201,8 @@ def _limits(model: Any, lengths: Sequence[int], batch_size: int, free: int | Non
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    page = 2 * _PAGE * config.num_hidden_layers * heads * width * model.dtype.itemsize
-    return limits | ({"num_blocks": blocks} if blocks * page < free // 2 else {})
+    block_bytes = 2 * _PAGE * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    return limits | ({"num_blocks": blocks} if blocks * block_bytes < free // 2 else {})
 
 
 def _unknown(why: str) -> ValueError:

@@ -149,12 +149,13 @@ def _decode_batch(
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     known = inspect.signature(model.forward).parameters
     cache = DynamicCache(config=model.config)
+    cached = {cache_keyword(model): cache}
     collected = torch.full((len(prompts), max_new_tokens), pad_id, dtype=torch.int64, device=device)
     lengths = torch.full((len(prompts),), max_new_tokens, dtype=torch.int64, device=device)
     stopped = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     live = torch.arange(len(prompts), device=device)
     for step in range(max_new_tokens):
-        inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, cache_keyword(model): cache}
+        inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, **cached}
         if "position_ids" in known:
             inputs["position_ids"] = positions
         if "logits_to_keep" in known:

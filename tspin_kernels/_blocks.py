@@ -21,6 +21,7 @@ from tspin_kernels._shards import Shard
 _NARROW = (torch.float16, torch.bfloat16)
 # A product on its way into a wider sum is made in slices of at most this.
 _PRODUCT_BYTES = 64 * 2**20
+# Where its slices start: elsewhere a GPU takes products for older matrix units.
 _ALIGNED = 256
 # Columns of 16-bit logits in 16 bytes, from where a GPU's matrix units start: at other widths products take several times as long.
 _COLUMNS = 8
@@ -185,7 +186,6 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool, unscale: Tensor 
         product(a, b, out.dtype, out)
         return
     step = max(1, _PRODUCT_BYTES // (4 * b.shape[1]))
-    # Slices that start where a GPU's matrix units can load.
     for start, stop in _steps(a.shape[0], step - step % _ALIGNED or step):
         part = product(a[start:stop], b, accumulate_dtype(a.dtype))
         if unscale is not None:

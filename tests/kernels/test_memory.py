@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tspin_kernels import _groups, _inputs, _rows_torch, _sequences, linear_logprobs, linear_sequence_loss
+from tspin_kernels import _blocks, _groups, _inputs, _rows_torch, _sequences, linear_logprobs, linear_sequence_loss
 from tspin_kernels._inputs import HostCopy
 
 from .oracle import least_budget, make_case
@@ -259,3 +259,24 @@ def test_bytes_of_wide_logits(fused, op, logits_dtype):
     is_wide = logits_dtype is not None or fused.device == "cpu"
     assert peak > (budget // 2 if is_wide else 1024 * 8192 * 2), f"{peak / 2**20:.1f} MiB"
     assert peak < budget + bytes_of_tiles(fused, 1024 * 8192), f"{peak / 2**20:.1f} MiB"
+
+
+def test_products_start_and_end_where_a_gpu_loads_whole_vectors(monkeypatch):
+    """Logits of an odd vocabulary are products of whole 16 bytes; slices on their way to a wider sum begin at multiples of 256."""
+    product, widths = _blocks.product, []
+
+    def recorded(a, b, dtype, out=None):
+        widths.append((a.shape[0], b.shape[1]))
+        return product(a, b, dtype, out)
+
+    monkeypatch.setattr(_blocks, "product", recorded)
+    hidden, weight = torch.randn(5, 8).bfloat16(), torch.randn(131, 8).bfloat16()
+    linear_logprobs(hidden, weight, torch.arange(5))
+    assert widths == [(5, 136)]
+    widths.clear()
+    monkeypatch.setattr(_blocks, "_PRODUCT_BYTES", 4 * 8 * 1000)
+    out = torch.empty(1500, 8)
+    a = torch.randn(1500, 5).bfloat16()
+    _blocks.add_product(out, a, hidden, True, None)
+    assert [rows for rows, _ in widths] == [768, 732]
+    torch.testing.assert_close(out, a.float() @ hidden.float())

@@ -219,3 +219,17 @@ def test_random_layouts_match_plain_pytorch(group_size, num_groups, longest, see
 
     op = partial(linear_sequence_loss, backend="torch")
     assert_loss_matches_oracle(op, sequences, coupled, device="cpu", budget=budget)
+
+
+def test_more_sequences_than_two_bytes_number():
+    """In falling order, so that a number that wraps is sorted elsewhere."""
+    S, draw = 2**15 + 9, torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 4, generator=draw, requires_grad=True) for rows in (S, 8))
+    targets, ids = torch.randint(8, (S,), generator=draw), torch.arange(S - 1, -1, -1)
+    scale = torch.randn(S, generator=draw)
+    call = partial(linear_sequence_loss, hidden, weight, targets, ids, lambda s, c: c * s.logprobs[:, 0], group_size=1)
+    found = [
+        torch.autograd.grad(call(group_inputs=[scale], backend=b)[0], [hidden, weight]) for b in ("torch", "reference")
+    ]
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)

@@ -18,6 +18,7 @@ from transformers import (
 from tspin import generate, scoring
 from tspin.data import Example, TripletCollator
 from tspin.generate import generate_responses, next_tokens, read_generations, row_seed, row_uniforms, sample_responses
+from tspin.model import cache_keyword
 
 SMALL = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
 SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
@@ -315,3 +316,14 @@ def test_nan_logits_are_an_error():
         model.lm_head.weight[3] = torch.nan
     with pytest.raises(ValueError, match="NaN logits"):
         sample(model, examples())
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_is_called_what_the_model_calls_it(name):
+    signatures = {
+        "past_key_values": lambda input_ids, past_key_values=None: 0,
+        "cache": lambda input_ids, cache=None: 0,
+    }
+    model = torch.nn.Module()
+    model.forward = signatures[name]
+    assert cache_keyword(model) == name
