@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from tspin.data import TripletCollator
     from tspin.loop import SelfPlay
     from tspin.prefix import layout_inputs, share_prompts
+    from tspin.tiling import tile_sequences
     from tspin.trainer import TSPINConfig, TSPINTrainer
 
 _HOMES = {
@@ -18,6 +19,7 @@ _HOMES = {
     "TripletCollator": "tspin.data",
     "layout_inputs": "tspin.prefix",
     "share_prompts": "tspin.prefix",
+    "tile_sequences": "tspin.tiling",
 }
 __all__ = [
     "SelfPlay",
@@ -27,6 +29,7 @@ __all__ = [
     "TripletCollator",
     "layout_inputs",
     "share_prompts",
+    "tile_sequences",
 ]
 
 

@@ -3,8 +3,9 @@
 Every token attends to its own part of the row (a prompt or a response), causally; every response also attends to its prompt.
 
 On CUDA one call of a kernel for rows of several lengths does it: a prompt is one of its rows, and so is each response with the
-prompt's keys before its own, which are copied while the call lasts; the gradients of the copies are summed. A long prompt attends
-to itself in a call apart, for which PyTorch chooses the kernel.
+prompt's keys before its own, which are copied while the call lasts. Its backward, whose kernel takes room for every query head of
+every key, is a call for every so many keys; the gradients of copies are summed. A long prompt attends to itself in a call apart,
+for which PyTorch chooses the kernel.
 On a CPU, where long runs of queries are what makes a kernel fast, all responses attend to their prompt together and to themselves
 apart. The partial softmaxes are merged by their log-sum-exp (so is a sink, on either device), and the backward runs the kernel's
 own backward on each call with the merged output and log-sum-exp, which is exact.
@@ -16,6 +17,7 @@ T tokens of a packed row; H query heads, H_kv key heads, d their width; P tokens
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from tspin.prefix import PrefixLayout
 
 _LONG = 2048  # tokens of a prompt that goes apart on a GPU; by reckoning (benchmarks/LOG.md), until a GPU has timed it
+_KEYS = 16384  # of a backward call on a GPU, which has thread blocks for every 128 of them and every head
 
 
 class Blocks(NamedTuple):
@@ -56,10 +59,14 @@ class Call(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The sizes of the parts that make up a row; calls, the first of which has every query that is not `apart`; parts apart."""
+    """The sizes of the parts that make up a row; calls, the first of which has every query that is not `apart`; parts apart.
+
+    `pieces`: the first call as several, of its queries in order, for the backward.
+    """
 
     parts: tuple[int, ...]
     calls: tuple[Call, ...]
+    pieces: tuple[Call, ...]
     apart: tuple[int, ...]
 
     def spans(self, indices: tuple[int, ...]) -> tuple[slice, ...]:
@@ -74,13 +81,15 @@ class Plan(NamedTuple):
         pieces = x.split(self.parts, dim)  # type: ignore
         return torch.cat([pieces[i] for i in indices], dim)
 
-    def give(self, x: Tensor, indices: tuple[int, ...]) -> Tensor:
+    def give(self, *taken: tuple[Tensor, tuple[int, ...]]) -> Tensor:
         """[T, ...] from what `take` made of such a tensor: copies summed, zeros where nothing was taken."""
-        if indices == tuple(range(len(self.parts))):
+        x, indices = taken[0]
+        if len(taken) == 1 and indices == tuple(range(len(self.parts))):
             return x
         found: list[list[Tensor]] = [[] for _ in self.parts]
-        for i, piece in zip(indices, x.split([self.parts[i] for i in indices]), strict=True):
-            found[i].append(piece)
+        for rows, indices in taken:
+            for i, piece in zip(indices, rows.split([self.parts[i] for i in indices]), strict=True):
+                found[i].append(piece)
         wholes = (_sum(pieces) if pieces else x.new_zeros(n, *x.shape[1:]) for n, pieces in zip(self.parts, found))
         return torch.cat(list(wholes))
 
@@ -97,6 +106,9 @@ def _sum(pieces: list[Tensor]) -> Tensor:
     return torch.stack(pieces).sum(0) if len(pieces) > 1 else pieces[0]
 
 
+_Run = tuple[tuple[int, ...], tuple[int, ...]]  # parts that hold queries, and parts that hold their keys
+
+
 class _Parts:
     """Parts in the making, with runs of queries and keys among them."""
 
@@ -108,7 +120,7 @@ class _Parts:
         self.sizes += [n for n in sizes if n]
         return tuple(range(start, len(self.sizes)))
 
-    def call(self, runs: list[tuple[tuple[int, ...], tuple[int, ...]]], causal: bool, reach: int | None) -> Call:
+    def call(self, runs: list[_Run], causal: bool, reach: int | None) -> Call:
         size = lambda indices: sum(self.sizes[i] for i in indices)
         ends = [(0, *accumulate(size(run[side]) for run in runs)) for side in (0, 1)]
         queries, keys = (tuple(i for run in runs for i in run[side]) for side in (0, 1))
@@ -116,10 +128,13 @@ class _Parts:
 
 
 @lru_cache(maxsize=8)
-def plan_calls(layout: PrefixLayout, window: int | None, copies: bool, long: int | None) -> Plan:
+def plan_calls(
+    layout: PrefixLayout, window: int | None, copies: bool, long: int | None, most_keys: int | None = None
+) -> Plan:
     """The calls for a packed row: one where prompts' keys are copied for each response, or else one more for prompts and responses.
 
     A prompt with one response is one part with it. Without a window, runs that see themselves alone go apart from `long` tokens on.
+    A backward takes `most_keys` at once, or those of one run.
     """
     farthest = max(P + max(lengths) for P, lengths in layout.groups)
     W = None if window is None or window >= farthest else window
@@ -142,11 +157,25 @@ def plan_calls(layout: PrefixLayout, window: int | None, copies: bool, long: int
         elif shared and not copies:
             cross += [(response[:1], shared) for response in responses]
     calls = [parts.call(own, True, reach)] if own else []
+    pieces = [parts.call(runs, True, reach) for runs in _pieces(own, parts.sizes, most_keys)]
     # A call with a window has responses of one length: how far they are from the prompt's last key depends on it.
     size = lambda run: 0 if reach is None else sum(parts.sizes[i] for i in run[0])
     for n, runs in groupby(sorted(cross, key=size), size):
         calls.append(parts.call(list(runs), False, None if reach is None else reach - n))
-    return Plan(tuple(parts.sizes), tuple(calls), tuple(apart))
+    return Plan(tuple(parts.sizes), tuple(calls), tuple(pieces), tuple(apart))
+
+
+def _pieces(runs: list[_Run], sizes: list[int], most_keys: int | None) -> Iterator[list[_Run]]:
+    piece, keys = [], 0
+    for run in runs:
+        own = sum(sizes[i] for i in run[1])
+        if piece and most_keys is not None and keys + own > most_keys:
+            yield piece
+            piece, keys = [], 0
+        piece.append(run)
+        keys += own
+    if piece:
+        yield piece
 
 
 def _has_varlen(q: Tensor) -> bool:
@@ -237,15 +266,21 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        plan, (first, *others) = ctx.plan, ctx.plan.calls
-        shared = plan.take(k, first.keys), plan.take(v, first.keys)
-        dq, dk, dv = _backward(grad, q, *shared, out, lse, first.blocks, ctx.scale)
-        del shared
-        dk, dv = plan.give(dk, first.keys), plan.give(dv, first.keys)
-        for queries, keys, blocks in others:
+        plan, start = ctx.plan, 0
+        dqs, dks, dvs = found = [], [], []
+        for _, keys, blocks in plan.pieces:
+            rows = slice(start, start := start + blocks.query_ends[-1])
+            # Kernels take rows at any stride, but not this vector.
+            mine, own_lse = [x[rows] for x in (grad, q, out)], lse[:, rows].contiguous()
+            grads = _backward(*mine[:2], plan.take(k, keys), plan.take(v, keys), mine[2], own_lse, blocks, ctx.scale)
+            for kind, of_piece in zip(found, grads, strict=True):
+                kind.append(of_piece)
+        dq = dqs[0] if len(dqs) == 1 else torch.cat(dqs)
+        dk, dv = (plan.give(*zip(of, (piece.keys for piece in plan.pieces), strict=True)) for of in (dks, dvs))
+        del dqs, dks, dvs, found, grads
+        for queries, keys, blocks in plan.calls[1:]:
             of = (queries, queries, keys, keys, queries)
             inputs = [plan.take(x, rows) for x, rows in zip((grad, q, k, v, out), of, strict=True)]
-            # Kernels take rows at any stride, but not this vector.
             shares = _backward(*inputs, plan.take(lse, queries, 1).contiguous(), blocks, ctx.scale)  # type: ignore
             for whole, share, indices in zip((dq, dk, dv), shares, of[1:4], strict=True):
                 spans = plan.spans(indices)
@@ -286,7 +321,8 @@ def shared_prompt_attention(
     window: how many positions a token sees, itself included. sinks: [H] logits of an extra key without value.
     """
     on_gpu = _has_varlen(query)
-    plan = plan_calls(layout, window, on_gpu, _LONG if on_gpu and sinks is None else None)
+    long = _LONG if on_gpu and sinks is None else None
+    plan = plan_calls(layout, window, on_gpu, long, _KEYS if on_gpu else None)
     return attend(query, key, value, plan, scale, sinks)
 
 

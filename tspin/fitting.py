@@ -262,6 +262,8 @@ class MemoryCheck:
             yield _Lever({"per_device_train_batch_size": 1, "gradient_accumulation_steps": steps}, BACKWARD_PHASES)
         if not args.gradient_checkpointing:
             yield _Lever({"gradient_checkpointing": True}, BACKWARD_PHASES)
+        if args.sequence_tiling != "on":
+            yield _Lever({"sequence_tiling": "on"}, BACKWARD_PHASES)
         if args.sequential_backward != "on":
             yield _Lever({"sequential_backward": "on"}, BACKWARD_PHASES)
         checkpointing: Any = args.gradient_checkpointing_kwargs or {}

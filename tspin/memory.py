@@ -27,10 +27,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from tspin.model import causal_lm, disable_dropout, head_of
+from tspin import tiling
+from tspin.model import causal_lm, decoder_layers, disable_dropout, head_of
 from tspin.optimizers import OptimizerBytes, optimizer_bytes
 from tspin.prefix import NAME, PrefixLayout, layout_inputs, refusal
-from tspin.tracing import COPIES, WORK, LiveBytes, Select, assume_no_padding, gpu_attention, head_loss
+from tspin.tracing import COPIES, WORK, LiveBytes, Select, assume_no_padding, gpu_attention, head_loss, two_tiles
 
 if TYPE_CHECKING:
     from tspin.trainer import TSPINConfig
@@ -191,17 +192,12 @@ class _LayerSizes:
         text = config.get_text_config()
         with _quiet(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        layers = _layers(model, text.num_hidden_layers)
+        layers = decoder_layers(model)
         kinds = {(type(layer), *((n, p.shape) for n, p in layer.named_parameters())) for layer in layers}
         sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
         one_type = len(set(getattr(text, "layer_types", None) or ())) <= 1
         total = sum(p.numel() for p in model.parameters())
         return cls(one_type and len(kinds) == 1, max(sizes, default=0), total - sum(sizes))
-
-
-def _layers(model: nn.Module, depth: int) -> list[nn.Module]:
-    lists = (list(m) for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
-    return next(lists, [])
 
 
 def _at_depth(few: _Phases, more: _Phases, depth: int) -> _Phases:
@@ -229,6 +225,8 @@ class _Step:
             causal_lm(model).set_attn_implementation(NAME)
         elif len(set(context.responses)) == 1:
             assume_no_padding(causal_lm(model))
+        if args.sequence_tiling == "on" and tiling.refusal(model) is None:
+            tiling.tile_sequences(model)
         if args.gradient_checkpointing:
             _enable_checkpointing(model, dict(args.gradient_checkpointing_kwargs or {}))  # type: ignore
         model.train()
@@ -246,7 +244,7 @@ class _Step:
             for p in trainable:
                 p.grad = torch.empty_like(p)
             live.hold([p.grad for p in trainable], GRADIENTS)
-        with live, gpu_attention() if self.gpu else nullcontext():
+        with live, two_tiles(), gpu_attention() if self.gpu else nullcontext():
             with self._autocast():
                 loss = self._forward(live)
             live.label, live.phase = WORK, _LAST
@@ -263,7 +261,7 @@ class _Step:
         per_group = [sum(self.context.responses)] * self.triplets
         inputs = self._inputs()
         live.phase, core = "forward", causal_lm(self.model)
-        layers = _layers(core, core.config.get_text_config().num_hidden_layers)
+        layers = decoder_layers(core)
         for layer, phase in zip(layers[-2::-1], [*[_BETWEEN] * (len(layers) - 2), _FIRST], strict=False):
             layer.register_forward_hook(partial(_on_gradient, partial(setattr, live, "phase", phase)))
         if self.args.fused == "off":

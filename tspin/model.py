@@ -47,6 +47,14 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore
 
 
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a causal LM, from the first to the last; none where they are not in one list of the config's length."""
+    core = causal_lm(model)
+    depth = core.config.get_text_config().num_hidden_layers
+    lists = (list(m) for m in core.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    return next(lists, [])
+
+
 def _head_module(model: nn.Module) -> nn.Module:
     core = causal_lm(model)
     head = core.get_output_embeddings() if hasattr(core, "get_output_embeddings") else None

@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tspin import attention, prefix
+from tspin import attention, prefix, tiling
 from tspin.model import Head
 from tspin_kernels._blocks import Head as KernelHead
 from tspin_kernels._groups import group_blocks
@@ -170,6 +170,20 @@ def gpu_attention() -> Iterator[None]:
         (attention, "_forward"): _varlen_forward,
         (attention, "_backward"): _varlen_backward,
     }
+    with _in_place(stand_ins):
+        yield
+
+
+@contextmanager
+def two_tiles() -> Iterator[None]:
+    """Within it, `tspin.tiling` runs two tiles of a row: the others would take the same memory, one after another."""
+    tiles = tiling.tiles
+    with _in_place({(tiling, "tiles"): lambda total, most: tiles(total, most)[:2]}):
+        yield
+
+
+@contextmanager
+def _in_place(stand_ins: dict[tuple[Any, str], Any]) -> Iterator[None]:
     before = {place: getattr(*place) for place in stand_ins}
     for place, stand_in in stand_ins.items():
         setattr(*place, stand_in)

@@ -7,6 +7,7 @@ deliberately neither samples nor iterates: that is tspin.loop.
 B triplets of a batch, G members of a triplet (chosen = real, rejected = synthetic, proto). Log-probs are in nats.
 """
 
+import copy
 import logging
 import math
 import time
@@ -19,11 +20,12 @@ from typing import Any, Literal, NoReturn, get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
-from tspin import diagnostics
+from tspin import diagnostics, tiling
 from tspin.data import MEMBERS, TripletCollator, tokenize_triplets
 from tspin.fitting import MemoryCheck, gpu_memory
 from tspin.loading import add_adapter, load_model, warn_of_rounded_steps
@@ -36,6 +38,7 @@ from tspin.rows import check_columns
 from tspin.scoring import scoring_options, verify_packed_row
 from tspin.sequential import backward_one_by_one
 from tspin.sharding import whole_weights
+from tspin.tiling import tile_sequences
 from tspin_kernels import SequenceStats, sft_loss, spin_loss, tspin_loss, tspin_ref_loss
 
 logger = logging.getLogger(__name__)
@@ -77,8 +80,11 @@ class TSPINConfig(TrainingArguments):
         prefix_sharing: "on" computes the prompt of a triplet once, in one row `[x, y, y', y0]`, and packs a micro-batch into it
             without padding; refuses models that cannot. "off" gives every response a row of its own; "auto" is "on" where the
             architecture allows it. The first batch of a run is compared with separate rows, and a difference stops it.
+        sequence_tiling: "on" runs MLPs, norms and adapters some thousand tokens at a time, so that what is wide in a layer never
+            exists for a whole row; exact, with gradient_checkpointing at hardly more time. "auto" does where a step would not
+            fit the GPU.
         sequential_backward: "on" runs the backward one response at a time, in the activation memory of the longest one and
-            about a third more time; "auto" does where the joint pass would not fit the GPU.
+            about a third more time; "auto" does where the joint pass would not fit the GPU, not even in tiles.
     """
 
     method: Literal["tspin", "tspin_no_history", "tspin_ref", "spin", "sft"] = "tspin"
@@ -96,6 +102,7 @@ class TSPINConfig(TrainingArguments):
     fused: Literal["auto", "on", "off"] = "auto"
     memory_budget: int | None = None
     prefix_sharing: Literal["auto", "on", "off"] = "auto"
+    sequence_tiling: Literal["auto", "on", "off"] = "auto"
     sequential_backward: Literal["auto", "on", "off"] = "auto"
 
     learning_rate: float = 5e-7
@@ -112,13 +119,14 @@ class TSPINConfig(TrainingArguments):
 
     def __post_init__(self):
         # YAML 1.1 reads on and off as booleans.
-        for name in ("fused", "prefix_sharing", "sequential_backward"):
+        switches = ("fused", "prefix_sharing", "sequence_tiling", "sequential_backward")
+        for name in switches:
             if isinstance(getattr(self, name), bool):
                 setattr(self, name, "on" if getattr(self, name) else "off")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         hints = get_type_hints(TSPINConfig)
-        for name in ("method", "loss_type", "logp_reduction", "fused", "prefix_sharing", "sequential_backward"):
+        for name in ("method", "loss_type", "logp_reduction", *switches):
             if getattr(self, name) not in get_args(hints[name]):
                 raise ValueError(f"{name}: want one of {get_args(hints[name])}, got {getattr(self, name)!r}")
         for name in ("alpha", "lam", "max_length", "beta", "beta_first_iteration", "sft_coef"):
@@ -189,6 +197,14 @@ def method_loss_fn(args: TSPINConfig, beta: float) -> Callable[..., Tensor]:
     return loss_fn
 
 
+def _untileable(args: TSPINConfig, model: nn.Module) -> str | None:
+    if args.torch_compile:
+        return "torch_compile traces layers whole"
+    if is_deepspeed_zero3_enabled():
+        return "DeepSpeed ZeRO-3 divides the weights of an MLP while it is differentiated"
+    return tiling.refusal(model)
+
+
 class TSPINTrainer(Trainer):
     """Trainer of one iteration of self-play.
 
@@ -239,7 +255,7 @@ class TSPINTrainer(Trainer):
         self._watch, self._watched_step = diagnostics.Watch(), 0
         self.scored: list[tuple[Batch, SequenceStats]] = []
         self.diagnostics = f"{args.output_dir}/diagnostics"
-        self.sequential = args.sequential_backward == "on"
+        self.tiled, self.sequential = args.sequence_tiling == "on", args.sequential_backward == "on"
         model = load_model(model) if isinstance(model, str) else model
         if peft_config is not None:
             model = add_adapter(model, peft_config, seed=args.seed)
@@ -249,6 +265,10 @@ class TSPINTrainer(Trainer):
                 "before the TSPINConfig"
             )
         install_scoring(model)
+        if self.tiled:
+            if reason := _untileable(args, model):
+                raise ValueError(f"sequence_tiling: want 'off', got 'on': {reason}")
+            tile_sequences(model)
         train_dataset, eval_dataset = (
             _with_ids(dataset, args, self.members, processing_class, vocabulary_size(causal_lm(model)))
             for dataset in (train_dataset, eval_dataset)
@@ -271,8 +291,7 @@ class TSPINTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train; ValueError from the first batch where a row that shares its prompt differs from separate rows."""
-        if self.args.sequential_backward == "auto":
-            self.sequential = self._joint_pass_is_too_large()
+        self._spare_memory()
         try:
             with self._sharing_prompts():
                 result = super().train(*args, **kwargs)
@@ -295,23 +314,34 @@ class TSPINTrainer(Trainer):
         rows: Any = self.train_dataset
         lengths = ([len(row[name]) for name in names] for row in rows)
         prompt, *responses = max(lengths, key=sum if self.sharing else lambda row: row[0] + max(row[1:]))
+        args = copy.copy(self.args)
+        args.sequence_tiling = "on" if self.tiled else "off"
+        args.sequential_backward = "on" if self.sequential else "off"
         try:
-            return MemoryCheck.of_model(
-                self.model, self.args, Context(prompt, tuple(responses)), size, sharing=self.sharing
-            )
+            return MemoryCheck.of_model(self.model, args, Context(prompt, tuple(responses)), size, sharing=self.sharing)
         except Exception as error:  # of a model's own code, on tensors without data
             logger.warning("the memory of a step cannot be predicted for %s: %s", type(self.model).__name__, error)
             return None
 
-    def _joint_pass_is_too_large(self) -> bool:
+    def _spare_memory(self) -> None:
+        """Of what "auto" leaves open, take tiles, then one response at a time, where the longest step would not fit the GPU."""
+        args = self.args
+        if "auto" not in (args.sequence_tiling, args.sequential_backward):
+            return
         check = self._memory_check()
+        if check and not check.fits and args.sequence_tiling == "auto" and _untileable(args, self.model) is None:
+            self.tiled = True
+            check = self._memory_check()
+        if check and not check.fits and args.sequential_backward == "auto":
+            self.sequential = True
         # The same on all ranks, and after a restart: the GPU's size counts, not what happens to be free.
-        misfits: Any = self.accelerator.reduce(
-            torch.tensor(int(check is not None and not check.fits)).to(self.args.device)
-        )
-        if misfits:
+        wanted = torch.tensor([self.tiled, self.sequential], dtype=torch.int64, device=args.device)
+        self.tiled, self.sequential = map(bool, self.accelerator.reduce(wanted).tolist())  # type: ignore
+        if self.tiled and args.sequence_tiling == "auto":
+            logger.warning("sequence_tiling: some thousand tokens at a time, as whole rows would not fit the GPU")
+            tile_sequences(self.model)
+        if self.sequential and args.sequential_backward == "auto":
             logger.warning("sequential_backward: one response at a time, as a whole batch would not fit the GPU")
-        return bool(misfits)
 
     @contextmanager
     def _sharing_prompts(self) -> Iterator[None]:

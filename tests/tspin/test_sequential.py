@@ -10,6 +10,7 @@ from test_trainer import BARE, QUIET, V, build, parameters, train, triplets
 from transformers import Trainer, TrainerState
 
 import tspin.trainer
+from tspin import tiling
 from tspin.data import MEMBERS, TripletCollator
 from tspin.fitting import USABLE, MemoryCheck
 from tspin.loading import add_adapter
@@ -127,28 +128,45 @@ def test_a_step_without_any_weight_still_has_gradients(tmp_path):
     assert torch.equal(points[-1], parameters(build())) and logs[0]["loss"] == 0
 
 
-def prediction(rows, **options) -> MemoryCheck:
+def prediction(rows, intermediate_size=16, **options) -> MemoryCheck:
     args = TSPINConfig(output_dir="x", **QUIET | BARE | options)
     longest = max(rows, key=lambda row: sum(len(row[f"{name}_ids"]) for name in ("prompt", *MEMBERS)))
     context = Context(len(longest["prompt_ids"]), tuple(len(longest[f"{name}_ids"]) for name in MEMBERS))
-    return MemoryCheck.of_model(build(), args, context, 1, sharing=options.get("prefix_sharing") != "off")
+    return MemoryCheck.of_model(
+        build(intermediate_size=intermediate_size), args, context, 1, sharing=options.get("prefix_sharing") != "off"
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"prefix_sharing": "off"}, {"per_device_train_batch_size": 3}])
-def test_auto_takes_one_response_at_a_time_just_where_the_longest_triplets_would_not_fit(
+def test_auto_takes_tiles_and_then_one_response_at_a_time_just_where_the_longest_triplets_would_not_fit(
     tmp_path, monkeypatch, caplog, options
 ):
+    monkeypatch.setattr(tiling, "MLP_TILE", 8)
+    monkeypatch.setattr(tiling, "NORM_TILE", 8)
     rows = triplets(7)
     rows[3]["prompt_ids"] *= 20
-    check = prediction(rows, **options)
-    for gpu_memory, one_at_a_time in ((1.01, False), (0.99, True)):
-        size = int(gpu_memory * check.prediction.peak / USABLE)
-        monkeypatch.setattr(tspin.trainer, "gpu_memory", lambda device, size=size: size)
-        points, _, trainer = train(tmp_path, rows, **options)
-        assert trainer.sequential == one_at_a_time == ("one response at a time" in caplog.text)
-    joint, _, trainer = train(tmp_path, rows, **options, sequential_backward="off")
-    assert not trainer.sequential
-    torch.testing.assert_close(points, joint, rtol=1e-6, atol=1e-6)
+    whole, tiled = (
+        prediction(rows, **options, sequence_tiling=switch, intermediate_size=256).prediction.peak
+        for switch in ("off", "on")
+    )
+    assert tiled < 0.9 * whole
+    joint, _, trainer = train(
+        tmp_path, rows, build(intermediate_size=256), **options, sequence_tiling="off", sequential_backward="off"
+    )
+    assert not trainer.sequential and not trainer.tiled
+    sizes = {1.01 * whole: (False, False), 0.99 * whole: (True, False), 0.99 * tiled: (True, True)}
+    for size, wanted in sizes.items():
+        caplog.clear()
+        monkeypatch.setattr(tspin.trainer, "gpu_memory", lambda device, size=size: int(size / USABLE))
+        points, _, trainer = train(tmp_path, rows, build(intermediate_size=256), **options)
+        assert (trainer.tiled, trainer.sequential) == wanted
+        assert ("tokens at a time" in caplog.text, "one response at a time" in caplog.text) == wanted
+        torch.testing.assert_close(points, joint, rtol=1e-6, atol=1e-6)
+    train_one = lambda **keys: train(tmp_path, rows, build(intermediate_size=256), **options, **keys)[2]
+    trainer = train_one(sequence_tiling="off")
+    assert trainer.sequential and not trainer.tiled
+    trainer = train_one(sequential_backward="off")
+    assert trainer.tiled and not trainer.sequential
 
 
 def test_where_no_prediction_can_be_made_the_pass_is_joint(tmp_path, monkeypatch, caplog):
@@ -158,7 +176,11 @@ def test_where_no_prediction_can_be_made_the_pass_is_joint(tmp_path, monkeypatch
     monkeypatch.setattr(tspin.trainer, "gpu_memory", lambda device: 1)
     monkeypatch.setattr(MemoryCheck, "of_model", unknown)
     _, _, trainer = train(tmp_path, triplets(4))
-    assert not trainer.sequential and "cannot be predicted for LlamaForCausalLM: 'model_type'" in caplog.text
+    assert (
+        not trainer.sequential
+        and not trainer.tiled
+        and "cannot be predicted for LlamaForCausalLM: 'model_type'" in caplog.text
+    )
 
 
 def out_of_memory(*args):
@@ -182,7 +204,7 @@ def test_a_step_without_memory_names_the_remedies_where_they_are_known(tmp_path,
     once(monkeypatch, *where)
     monkeypatch.setattr(tspin.trainer, "gpu_memory", lambda device: size)
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        train(tmp_path, triplets(4), sequential_backward="off")
+        train(tmp_path, triplets(4), sequence_tiling="off", sequential_backward="off")
     assert isinstance(caught.value, StepTooLargeError) == (size is not None)
     if size:
         assert re.match(
@@ -198,7 +220,7 @@ def test_a_sharded_step_without_memory_names_keys_without_a_prediction(tmp_path,
 
     monkeypatch.setattr(Trainer, "train", out_of_memory)
     trainer = Sharded.__new__(Sharded)
-    trainer.args = TSPINConfig(output_dir=str(tmp_path), **QUIET, sequential_backward="off")
+    trainer.args = TSPINConfig(output_dir=str(tmp_path), **QUIET, sequence_tiling="off", sequential_backward="off")
     trainer.state, trainer._sharing, trainer.is_deepspeed_enabled = TrainerState(), None, False
     with pytest.raises(
         StepTooLargeError, match=r"out of memory in step 1; what sharding saves .*sequential_backward: on"

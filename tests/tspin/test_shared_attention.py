@@ -112,11 +112,12 @@ def test_nothing_is_kept_for_the_backward_but_one_row():
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 2, 6, 11, 15])
 @pytest.mark.parametrize("layout", [LAYOUT, PrefixLayout(((1, (1,)), (7, (9, 9))))])
-@pytest.mark.parametrize("long", [1, 5, 100])
-def test_a_gpus_calls_mean_the_same(monkeypatch, layout, window, long, with_sinks):
-    """By stand-ins for the varlen kernels; prompts of `long` tokens or more go apart."""
+@pytest.mark.parametrize("long, keys", [(1, 10**9), (5, 30), (100, 10**9), (100, 25), (100, 1)])
+def test_a_gpus_calls_mean_the_same(monkeypatch, layout, window, long, keys, with_sinks):
+    """By stand-ins for the varlen kernels; prompts of `long` tokens or more go apart, a backward takes `keys` at once."""
     stand_in(monkeypatch)
     monkeypatch.setattr(attention, "_LONG", long)
+    monkeypatch.setattr(attention, "_KEYS", keys)
     inputs = tensors(layout) + [torch.randn(4, dtype=torch.float64, requires_grad=True)] * with_sinks
     runs = (outputs_and_gradients(f, inputs, layout, window=window) for f in (shared_prompt_attention, plain))
     for got, want in zip(*runs, strict=True):
@@ -139,7 +140,7 @@ def test_how_many_calls_a_gpu_gets(monkeypatch, window, long, calls):
 def test_copies_are_summed_before_they_are_rounded():
     plan = attention.plan_calls(PrefixLayout(((1, (1, 1, 1)),)), None, True, None)
     pieces = torch.tensor([256.0, 1, 0, 1, 0, 1, 0]).bfloat16()[:, None]
-    assert plan.give(pieces, plan.calls[0].keys)[0] == torch.tensor(259.0).bfloat16()  # 256 three times, one by one
+    assert plan.give((pieces, plan.calls[0].keys))[0] == torch.tensor(259.0).bfloat16()  # 256 three times, one by one
 
 
 def test_cudas_kernels_take_the_arguments_that_they_get(monkeypatch):

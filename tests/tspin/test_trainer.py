@@ -28,7 +28,7 @@ def build(seed=0, **changes):
     torch.manual_seed(seed)
     sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "eos_token_id": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **changes))
+    model = LlamaForCausalLM(LlamaConfig(**sizes | changes))
     with torch.no_grad():
         model.lm_head.weight.mul_(5)
     return model
@@ -94,13 +94,20 @@ def test_defaults_are_the_papers_and_spins(tmp_path):
     assert (str(args.optim.value), args.weight_decay, args.learning_rate) == ("rmsprop", 0.0, 5e-7)
     assert args.get_warmup_steps(200) == 20 and args.report_to == [] and args.bf16 is False
     # YAML 1.1 reads on and off as booleans.
-    for name in ("fused", "prefix_sharing", "sequential_backward"):
+    for name in ("fused", "prefix_sharing", "sequence_tiling", "sequential_backward"):
         for given, wanted in ((True, "on"), (False, "off"), ("auto", "auto")):
             assert getattr(TSPINConfig(output_dir=str(tmp_path), use_cpu=True, **{name: given}), name) == wanted
 
 
 WRONG = {"method": "dpo", "loss_type": "hinge", "logp_reduction": "max", "fused": "maybe", "alpha": 0.0, "beta": -0.1}
-WRONG |= {"prefix_sharing": "maybe", "sequential_backward": "maybe", "lam": math.nan, "max_length": 0, "sft_coef": -1.0}
+WRONG |= {
+    "prefix_sharing": "maybe",
+    "sequence_tiling": "maybe",
+    "sequential_backward": "maybe",
+    "lam": math.nan,
+    "max_length": 0,
+    "sft_coef": -1.0,
+}
 
 
 def test_a_model_in_shares_is_refused(tmp_path):
