@@ -20,6 +20,7 @@ from benchmarks import measure
 from tspin.model import head_of, install_scoring, score_batch
 from tspin.prefix import NAME, PrefixLayout, layout_inputs
 from tspin.sequential import backward_one_by_one
+from tspin.tiling import tile_sequences
 from tspin_kernels import SequenceStats, linear_tspin_loss, tspin_loss
 
 MEMBERS, BETA = 3, 0.1
@@ -168,9 +169,11 @@ IMPLEMENTATIONS: dict[str, Callable[[Any, Triplets], Tensor]] = {
     "trl_style": _trl_style,
     "tspin_separate": _tspin_separate,
     "tspin": _tspin,
+    "tspin_tiled": _tspin,
     "tspin_sequential": _tspin_sequential,
+    "tspin_tiled_sequential": _tspin_sequential,
 }
-_SHARING = ("tspin", "tspin_sequential")
+_SHARING = (_tspin, _tspin_sequential)
 
 
 def _core(model: Any) -> Any:
@@ -203,10 +206,16 @@ class Arms:
 
     def backward(self, implementation: str, triplets: Triplets) -> Tensor:
         """The loss, its gradient left in the parameters."""
+        step = IMPLEMENTATIONS[implementation]
         # Until the backward is done, which runs the layers again.
-        _core(self.model).set_attn_implementation(NAME if implementation in _SHARING else "sdpa")
-        loss = IMPLEMENTATIONS[implementation](self.model, triplets)
-        loss.backward()
+        _core(self.model).set_attn_implementation(NAME if step in _SHARING else "sdpa")
+        untile = tile_sequences(self.model) if "tiled" in implementation else None
+        try:
+            loss = step(self.model, triplets)
+            loss.backward()
+        finally:
+            if untile is not None:
+                untile()
         return loss.detach()
 
     def step(self, implementation: str, triplets: Triplets) -> None:

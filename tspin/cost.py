@@ -176,9 +176,10 @@ class Cost:
         once = self._scored(args.members_at(t), lengths)
         if args.needs_references:
             stages.append(self._computed("log-probs of the last policy", sum(once)))
-        # Backward: two products for each of the forward, one where the weight is frozen; checkpoints run the layers again.
+        # Backward: two products for each of the forward, one where the weight is frozen; checkpoints and tiles run layers again.
         backward = 1 if self.config.use_peft else 2
-        layers = 1 + backward + bool(args.gradient_checkpointing) + (args.sequential_backward == "on")
+        again = args.gradient_checkpointing or args.sequence_tiling == "on"
+        layers = 1 + backward + bool(again) + (args.sequential_backward == "on")
         mixed = 2 if args.spin_mix_previous and t > 0 else 1
         flop = (once[0] * layers + once[1] * (1 + backward)) * args.num_train_epochs * mixed
         return [*stages, self._computed("training", flop)]

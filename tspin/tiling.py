@@ -101,7 +101,9 @@ def _mixes_tokens(model: nn.Module) -> str | None:
     if weight.is_meta or isinstance(weight, torch._subclasses.FakeTensor):
         return None
     generator = torch.Generator().manual_seed(0)
-    for module, _ in _tiled_modules(model):
+    # One of each kind: layers are alike.
+    kinds = {(type(m), *(p.shape for p in m.parameters())): m for m, _ in _tiled_modules(model)}
+    for module in kinds.values():
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), weight.dtype)
         own: Any = getattr(module, "weight", None)
         width = getattr(module, "in_features", weight.shape[1] if own is None else own.shape[-1])

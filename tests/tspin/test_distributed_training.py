@@ -13,6 +13,7 @@ from peft import LoraConfig
 from processes import run_two
 from test_trainer import BARE, QUIET, assert_close, build, parameters, train, triplets
 
+from tspin import tiling
 from tspin.trainer import NonFiniteLossError, TSPINConfig, TSPINTrainer
 
 # Rows and the options of two processes, which share prompts; one process gets batches twice as large, of separate rows.
@@ -32,6 +33,7 @@ SCENARIOS = {
         triplets(7, identical=(0, 3)),
         {"per_device_train_batch_size": 2, "sequential_backward": "on", "drop_identical": True, "entropy_coef": 0.1},
     ),
+    "tiled": (triplets(6), {"per_device_train_batch_size": 1, "sequence_tiling": "on", "gradient_checkpointing": True}),
     "plain": (triplets(6), {"per_device_train_batch_size": 1, "fused": "off"}),
     "separate": (triplets(6), {"per_device_train_batch_size": 1, "prefix_sharing": "off"}),
 }
@@ -55,6 +57,7 @@ def run_scenario(directory, rows, options, resume=None):
 def main(directory):
     rank, results = int(os.environ["RANK"]), {}
     assert PartialState(cpu=True).num_processes == 2
+    tiling.MLP_TILE = tiling.NORM_TILE = 3  # of one process, all rows are shorter than a tile
     for name, (rows, options) in SCENARIOS.items():
         results[name] = run_scenario(f"{directory}/{name}", rows, options)
     rows, options = SCENARIOS["uneven_tail"]

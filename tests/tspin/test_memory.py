@@ -174,7 +174,9 @@ def test_the_peak_in_tiles_is_predicted_and_lower(tmp_path, monkeypatch, name, a
     lengths, options = (512, (192, 128, 192)), {"adapter": adapter, "gradient_checkpointing": True, **ARMS[arm]}
     predicted, measured = peaks(tmp_path, TILED[name], *lengths, sequence_tiling="on", **options)
     assert predicted == pytest.approx(measured, rel=0.1)
-    assert predicted < 0.97 * peaks(tmp_path, TILED[name], *lengths, sequence_tiling="off", measured=False, **options)[0]
+    assert (
+        predicted < 0.97 * peaks(tmp_path, TILED[name], *lengths, sequence_tiling="off", measured=False, **options)[0]
+    )
 
 
 @pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["full", "lora"])
