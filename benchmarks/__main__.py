@@ -1,6 +1,6 @@
 """The benchmarks: `python -m benchmarks NAME`, where NAME is one of
 
-logprobs, row_kernels, attention, train_step, memory, prediction; and of their rows: plots, table, summary.
+logprobs, row_kernels, attention, train_step, memory, longest, prediction; and of their rows: plots, table, summary.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from benchmarks import attention, logprobs, long_context, measure, plots, predic
 from benchmarks.workloads import select_cases
 
 RESULTS = Path(__file__).parent / "results"
+GOALS = [("qwen2.5-1.5b", "full"), ("llama-3.1-8b", "lora")]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,9 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     _add_common(commands.add_parser("attention", help="ways to attend to a prompt that responses share"), 30)
     step = _add_training(commands, "train_step", "time and peak memory of a training step")
     step.add_argument("--lengths", help="PROMPTxRESPONSE or PROMPTxRESPONSExTRIPLETS, separated by commas")
-    longest = _add_training(commands, "memory", "the longest triplet that fits, and the peak against length")
-    longest.add_argument("--ratios", default="8,1", help="tokens of the prompt by tokens of each response")
-    longest.add_argument("--caps", help="GiB, or none for the whole GPU, separated by commas")
+    memory = _add_training(commands, "memory", "the longest triplet that fits, and the peak against length")
+    memory.add_argument("--caps", help="GiB, or none for the whole GPU, separated by commas")
+    longest = commands.add_parser("longest", help="the longest triplet that is predicted to fit; no GPU is needed")
+    longest.add_argument("--caps", default="24,80", help="GiB of the GPU, separated by commas")
+    longest.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows, in predicted.jsonl")
+    for each in (memory, longest):
+        each.add_argument("--ratios", default="8,1", help="tokens of the prompt by tokens of each response")
     _add_common(
         commands.add_parser("prediction", help="peaks that `tspin check` predicts, beside a GPU's own count"), 60
     )
@@ -65,6 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
         rows = prediction.run(device, _rows_path(options.out, device), options.commit)
         print(prediction.table(rows))
         return int(any(row["missing"] for row in rows))
+    if options.command == "longest":
+        ratios, caps = ([float(text) for text in given.split(",")] for given in (options.ratios, options.caps))
+        print(prediction.longest_table(prediction.longest(GOALS, ratios, caps, options.out / "predicted.jsonl")))
+        return 0
     if options.command in ("train_step", "memory"):
         return _training(options)
     rows = measure.read_rows(options.path)
@@ -110,7 +119,7 @@ def _row_kernels(options: argparse.Namespace) -> int:
 def _training(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     gpu = device.type == "cuda"
-    pairs = [("qwen2.5-1.5b", "full"), ("llama-3.1-8b", "lora")] if gpu else [("llama-4-layers", "full")]
+    pairs = GOALS if gpu else [("llama-4-layers", "full")]
     if options.models or options.methods:
         models = options.models.split(",") if options.models else [model for model, _ in pairs]
         methods = options.methods.split(",") if options.methods else list(training.METHODS)

@@ -32,9 +32,9 @@ if [ "${WHAT:-logprobs}" = training ]; then
     left=$((seconds - (SECONDS - start)))
     python3 -m benchmarks attention --seconds $((left / 15)) --out "$out" "${commit[@]}" > "$out/table.txt" 2> "$out/errors.txt" || status=1
     python3 -m benchmarks prediction --out "$out" "${commit[@]}" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
-    python3 -m benchmarks train_step --seconds $((left / 5)) --out "$out" "${commit[@]}" "$@" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
+    python3 -m benchmarks train_step --implementations naive,trl_style,tspin_separate,tspin,tspin_tiled --seconds $((left / 5)) --out "$out" "${commit[@]}" "$@" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
     left=$((seconds - (SECONDS - start) - 20))
-    python3 -m benchmarks memory --seconds "$left" --out "$out" "${commit[@]}" "$@" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
+    python3 -m benchmarks memory --implementations naive,trl_style,tspin,tspin_tiled --seconds "$left" --out "$out" "${commit[@]}" "$@" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
 else
     python3 -m benchmarks row_kernels --shape "${SHAPE:-8192x151936}" --seconds $((seconds / 20)) --out "$out" "${commit[@]}" > "$out/table.txt" 2> "$out/errors.txt" || status=1
     left=$((seconds - (SECONDS - start) - 15))

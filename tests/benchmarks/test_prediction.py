@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import prediction
 from benchmarks.__main__ import main
+from tspin import tiling
 
 CELLS = [("tiny", "full", 20, 5, {"gradient_checkpointing": True}), ("tiny", "lora", 20, 5, {"prefix_sharing": "off"})]
 
@@ -52,3 +53,16 @@ def test_a_cell_that_fails_is_a_row(count, monkeypatch, tmp_path):
 def test_a_cpu_is_refused(tmp_path):
     with pytest.raises(ValueError, match="device: want a GPU, whose allocator counts bytes, got cpu"):
         main(["prediction", "--device", "cpu", "--out", str(tmp_path)])
+
+
+def test_the_longest_triplets_are_rows_that_grow_with_what_saves_memory(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("benchmarks.__main__.GOALS", [("tiny", "full"), ("tiny", "lora")])
+    monkeypatch.setattr(tiling, "MLP_TILE", 64)
+    monkeypatch.setattr(tiling, "NORM_TILE", 64)
+    assert main(["longest", "--caps", "0.01", "--ratios", "8", "--out", str(tmp_path)]) == 0
+    rows = prediction.measure.read_rows(tmp_path / "predicted.jsonl")
+    assert [row["levers"] for row in rows] == 2 * list(prediction.LEVERS)
+    for method in ("full", "lora"):
+        found = [row["longest"] for row in rows if row["method"] == method]
+        assert 0 < found[0] < found[1] < found[2] < max(found[3:])
+    assert "tiny, lora, 0.01 GiB, 8 : 1" in capsys.readouterr().out
