@@ -188,6 +188,18 @@ class MemoryCheck:
         """Whether the peak is within the usable share of the GPU; True where there is none."""
         return self.gpu_memory is None or self.prediction.peak <= USABLE * self.gpu_memory
 
+    def spared(self) -> MemoryCheck:
+        """With what the trainer takes of "auto" where a step does not fit: tiles, then one response at a time, until it does."""
+        check = self
+        for key in ("sequence_tiling", "sequential_backward"):
+            if not check.fits and getattr(check.args, key) == "auto":
+                args = copy.copy(check.args)
+                setattr(args, key, "on")
+                check = MemoryCheck(
+                    self.model, args, self.context, self.gpu_memory, adapter=self.adapter, **self.options
+                )
+        return check
+
     def table(self) -> list[str]:
         """One line for each term at the peak, the largest first."""
         p = self.prediction
@@ -200,6 +212,7 @@ class MemoryCheck:
         p, responses = self.prediction, self.context.responses
         rows = "one response at a time" if p.sequential else "one row a triplet" if p.shared else "a row a response"
         lengths = " to ".join(map(str, sorted({min(responses), max(responses)})))
+        rows += " in tiles" if p.tiled else ""
         text = f"{_size(p.peak).strip()} for a prompt of {self.context.prompt} and {len(responses)} responses of "
         shards = self.options.get("gpus", 1)
         return f"{text}{lengths} tokens, {rows}" + (f", on each of {shards} GPUs under FSDP2" if shards > 1 else "")

@@ -67,6 +67,7 @@ class MemoryPrediction:
     phases: dict[str, dict[str, int]]
     shared: bool
     sequential: bool
+    tiled: bool = False
 
     @property
     def fullest(self) -> str:
@@ -150,7 +151,7 @@ def predict_memory(
                 step.accumulates = sequential or args.gradient_accumulation_steps > 1
                 phases = step.trace(optimizer)
         phases = {phase: quantized.applied(terms) for phase, terms in phases.items()}
-        return MemoryPrediction(Context(prompt_tokens, lengths), phases, shared, sequential)
+        return MemoryPrediction(Context(prompt_tokens, lengths), phases, shared, sequential, step.tiled)
 
     depth = config.get_text_config().num_hidden_layers
     layers = _LayerSizes.of(config.to_json_string(), type(config), trust_remote_code)
@@ -225,7 +226,8 @@ class _Step:
             causal_lm(model).set_attn_implementation(NAME)
         elif len(set(context.responses)) == 1:
             assume_no_padding(causal_lm(model))
-        if args.sequence_tiling == "on" and tiling.refusal(model) is None:
+        self.tiled = args.sequence_tiling == "on" and tiling.refusal(model) is None
+        if self.tiled:
             tiling.tile_sequences(model)
         if args.gradient_checkpointing:
             _enable_checkpointing(model, dict(args.gradient_checkpointing_kwargs or {}))  # type: ignore

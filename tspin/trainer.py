@@ -296,7 +296,9 @@ class TSPINTrainer(Trainer):
             with self._sharing_prompts():
                 result = super().train(*args, **kwargs)
         except torch.OutOfMemoryError as error:
-            sharded, check = self.is_fsdp_enabled or self.is_deepspeed_enabled, self._memory_check()
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            switches = {"sequence_tiling": self.tiled, "sequential_backward": self.sequential}
+            check = self._memory_check(**{key: "on" if on else "off" for key, on in switches.items()})
             if check is None and not sharded:
                 raise
             what = "what sharding saves is not predicted; lower per_device_train_batch_size, or set sequential_backward: on"
@@ -305,20 +307,23 @@ class TSPINTrainer(Trainer):
         self._refuse_broken_weights()
         return result
 
-    def _memory_check(self) -> MemoryCheck | None:
-        """The prediction for the longest triplet of the training set; None where there is no GPU of one's own or no prediction."""
+    def _memory_check(self, **settled: str) -> MemoryCheck | None:
+        """The prediction for the longest triplet of the training set, with the keys `settled` and what is taken of "auto".
+
+        None where there is no GPU of one's own, or no prediction.
+        """
         size = gpu_memory(self.args.device)
         if size is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return None
+        args = copy.copy(self.args)
+        vars(args).update(settled)
         names = [f"{name}_ids" for name in ("prompt", *self.members)]
         rows: Any = self.train_dataset
         lengths = ([len(row[name]) for name in names] for row in rows)
         prompt, *responses = max(lengths, key=sum if self.sharing else lambda row: row[0] + max(row[1:]))
-        args = copy.copy(self.args)
-        args.sequence_tiling = "on" if self.tiled else "off"
-        args.sequential_backward = "on" if self.sequential else "off"
         try:
-            return MemoryCheck.of_model(self.model, args, Context(prompt, tuple(responses)), size, sharing=self.sharing)
+            longest = Context(prompt, tuple(responses))
+            return MemoryCheck.of_model(self.model, args, longest, size, sharing=self.sharing).spared()
         except Exception as error:  # of a model's own code, on tensors without data
             logger.warning("the memory of a step cannot be predicted for %s: %s", type(self.model).__name__, error)
             return None
@@ -328,12 +333,10 @@ class TSPINTrainer(Trainer):
         args = self.args
         if "auto" not in (args.sequence_tiling, args.sequential_backward):
             return
-        check = self._memory_check()
-        if check and not check.fits and args.sequence_tiling == "auto" and _untileable(args, self.model) is None:
-            self.tiled = True
-            check = self._memory_check()
-        if check and not check.fits and args.sequential_backward == "auto":
-            self.sequential = True
+        untileable = args.sequence_tiling == "auto" and _untileable(args, self.model)
+        check = self._memory_check(**({"sequence_tiling": "off"} if untileable else {}))
+        taken = args if check is None else check.args
+        self.tiled, self.sequential = taken.sequence_tiling == "on", taken.sequential_backward == "on"
         # The same on all ranks, and after a restart: the GPU's size counts, not what happens to be free.
         wanted = torch.tensor([self.tiled, self.sequential], dtype=torch.int64, device=args.device)
         self.tiled, self.sequential = map(bool, self.accelerator.reduce(wanted).tolist())  # type: ignore

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from tspin import cli
 from tspin.config import SelfPlayConfig
@@ -21,7 +21,7 @@ MIB = 2**20
 
 def training_args(tmp_path, **values) -> TSPINConfig:
     values = {"per_device_train_batch_size": 1} | values
-    return TSPINConfig(output_dir=str(tmp_path), use_cpu=True, memory_budget=MIB, **values)
+    return TSPINConfig(output_dir=str(tmp_path), use_cpu=True, **{"memory_budget": MIB} | values)
 
 
 def test_sizes_are_read_as_gpus_are_sold():
@@ -60,6 +60,21 @@ def test_the_levers_lengthen_the_context(tmp_path):
         SMALL, training_args(tmp_path, gradient_checkpointing=True), gpu_memory=20 * MIB, sharing=False
     ).prompt
     assert plain < separate < kept_on_gpu < min(offloaded, sequential)
+
+
+def test_tiles_double_the_longest_context_of_a_qwen(tmp_path):
+    """Layers as wide as Qwen2.5-1.5B's; the vocabulary is not."""
+    shape = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "vocab_size": 1024}
+    qwen = Qwen2Config(**shape, num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=2**20)
+    bytes_per_token = {}
+    for switch in ("off", "on"):
+        args = training_args(tmp_path, gradient_checkpointing=True, sequence_tiling=switch, memory_budget=None)
+        short, long = (
+            predict_memory(qwen, args, prompt_tokens=8 * n, response_tokens=n, triplets=1, dtype=torch.bfloat16)
+            for n in (4096, 8192)
+        )
+        bytes_per_token[switch] = (long.peak - short.peak) / (long.context.tokens - short.context.tokens)
+    assert 2 * bytes_per_token["on"] < bytes_per_token["off"]
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
@@ -134,6 +149,9 @@ def test_check_of_a_model_without_weights(tmp_path, capsys):
     assert "ok  memory: " in captured.out and "of 24.00 GiB; longest at this ratio" in captured.out
     assert "optimizer states" in captured.out and "at the peak, in the" in captured.out
     assert "check failed: tokenizer" in captured.err and "memory" not in captured.err
+    # What the trainer takes by itself is counted, unless it is switched off.
     assert cli.main(["check", *words, "0.01GB"]) == 2
+    assert "ok  memory: " in (out := capsys.readouterr().out) and "one response at a time in tiles, within" in out
+    assert cli.main(["check", *words, "0.01GB", "--sequence_tiling", "off", "--sequential_backward", "off"]) == 2
     out, err = capsys.readouterr()
     assert "NO  memory: want at most" in out and "memory" in err

@@ -222,6 +222,7 @@ def test_a_sharded_step_without_memory_names_keys_without_a_prediction(tmp_path,
     trainer = Sharded.__new__(Sharded)
     trainer.args = TSPINConfig(output_dir=str(tmp_path), **QUIET, sequence_tiling="off", sequential_backward="off")
     trainer.state, trainer._sharing, trainer.is_deepspeed_enabled = TrainerState(), None, False
+    trainer.tiled = trainer.sequential = False
     with pytest.raises(
         StepTooLargeError, match=r"out of memory in step 1; what sharding saves .*sequential_backward: on"
     ):
