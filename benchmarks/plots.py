@@ -18,7 +18,7 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    paths = _draw_training(rows, folder)
+    paths = _draw_training(rows, folder) + _draw_longest(rows, folder / "predicted.png")
     rows = [row for row in fullest_runs(row for row in rows if row["benchmark"] == "logprobs") if row["ms"]]
     for device in dict.fromkeys(row["device"] for row in rows):
         mine = [row for row in rows if row["device"] == device]
@@ -82,6 +82,39 @@ def _draw_steps(panel: Any, rows: Sequence[Row], styles: dict[str, int]) -> None
     panel.invert_yaxis()
     panel.set(xlabel="time over naive's", title="one step", xlim=(0, 1.15 * max(panel.get_xlim()[1], 1.0)))
     panel.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+
+
+def _draw_longest(rows: Sequence[Row], path: Path) -> list[Path]:
+    # A panel for each model, a group of points for each card and ratio: the longest triplet by what saves memory.
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["benchmark"] == "longest"]
+    cells = list(dict.fromkeys((row["model"], row["method"]) for row in rows))
+    if not cells:
+        return []
+    levers = list(dict.fromkeys(row["levers"] for row in rows))
+    figure, panels = plt.subplots(1, len(cells), figsize=(5.5 * len(cells), 5), layout="constrained", squeeze=False)
+    for panel, cell in zip(panels.flat, cells, strict=True):
+        found: dict[str, dict[str, int]] = {}
+        for row in rows:
+            if (row["model"], row["method"]) == cell:
+                name = f"{row['cap_gib']:g} GiB, {row['prompt_per_response']:g} : 1"
+                found.setdefault(name, {})[row["levers"]] = row["longest"]
+        height = 0.8 / len(levers)
+        for at, by_lever in enumerate(found.values()):
+            for lever, tokens in by_lever.items():
+                y = at + (levers.index(lever) - (len(levers) - 1) / 2) * height
+                number = levers.index(lever)
+                style = {"color": _COLOURS[number], "marker": _MARKERS[number], "linestyle": ""}
+                panel.plot(tokens, y, **style, label=lever if at == 0 else None)
+                panel.text(tokens, y, f"   {tokens:,}", va="center", fontsize=7)
+        panel.set_yticks(range(len(found)), list(found), fontsize=8)
+        panel.invert_yaxis()
+        panel.set(xlabel="tokens of the longest triplet, predicted", title=", ".join(cell), xscale="log")
+        panel.set_xlim(right=3 * panel.get_xlim()[1])
+        panel.grid(axis="x", alpha=0.3)
+    figure.legend(*panels.flat[0].get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
+    return [_save(figure, path)]
 
 
 def _sweep(rows: Sequence[Row], axis: str) -> list[Row]:

@@ -225,9 +225,7 @@ def _check_memory(
     apart = args.prefix_sharing == "off"
     longest = max(contexts, key=lambda c: members * (c.prompt + max(c.responses)) if apart else c.tokens)
     check = MemoryCheck.of_run(config, args, longest, size, gpus=gpus)
-    # What a sharded step takes is not predicted in a run.
-    check = check.spared() if gpus == 1 else check
-    print(*check.table(), sep="\n")
+    print(*check.spared().table(), sep="\n")
     return check, check.verdict()
 
 

@@ -189,15 +189,18 @@ class MemoryCheck:
         return self.gpu_memory is None or self.prediction.peak <= USABLE * self.gpu_memory
 
     def spared(self) -> MemoryCheck:
-        """With what the trainer takes of "auto" where a step does not fit: tiles, then one response at a time, until it does."""
-        check = self
+        """With what the trainer takes of "auto" where a step does not fit: tiles, then one response at a time, until it does.
+
+        Of each only where it lowers the peak; and none on several GPUs, whose steps a run does not predict.
+        """
+        check, several = self, self.options.get("gpus", 1) > 1
         for key in ("sequence_tiling", "sequential_backward"):
-            if not check.fits and getattr(check.args, key) == "auto":
-                args = copy.copy(check.args)
-                setattr(args, key, "on")
-                check = MemoryCheck(
-                    self.model, args, self.context, self.gpu_memory, adapter=self.adapter, **self.options
-                )
+            if check.fits or several or getattr(check.args, key) != "auto":
+                continue
+            args = copy.copy(check.args)
+            setattr(args, key, "on")
+            tried = MemoryCheck(self.model, args, self.context, self.gpu_memory, adapter=self.adapter, **self.options)
+            check = tried if tried.prediction.peak < check.prediction.peak else check
         return check
 
     def table(self) -> list[str]:
@@ -221,27 +224,38 @@ class MemoryCheck:
         """The peak against the GPU in one line. Raises ValueError, with the remedies, where it does not fit."""
         if self.gpu_memory is None:
             return self.need()
+        check, longest = self.spared(), self._longest()
         usable = f"{_size(int(USABLE * self.gpu_memory)).strip()} that tensors get of {_size(self.gpu_memory).strip()}"
-        longest = self._longest(self.args, self.options)
-        if self.fits:
-            return f"{self.need()}, within the {usable}; {longest}"
-        raise ValueError(f"want at most the {usable}, got {self.need()}{self.advice()}; {longest}")
+        if check.fits:
+            return f"{check.need()}, within the {usable}; {longest}"
+        raise ValueError(f"want at most the {usable}, got {check.need()}{check.advice()}; {longest}")
 
     def advice(self) -> str:
         """The remedies as the end of a sentence; empty where there is none."""
         remedies = [f"{keys} ({_size(peak).strip()})" for keys, peak in self.remedies()]
         return "; what would help, each with those before it: " + ", then ".join(remedies) if remedies else ""
 
-    def _longest(self, args: TSPINConfig, options: dict[str, Any]) -> str:
+    def _longest(self) -> str:
         assert self.gpu_memory is not None
-        members = len(self.context.responses)
+        members, options = len(self.context.responses), self.options
         ratio = self.context.prompt / max(self.context.responses)
-        found = longest_context(
-            self.model, args, gpu_memory=self.gpu_memory, prompt_per_response=ratio, members=members, **options
-        )
-        if found is None:
+        args, ways = self.args, [{}]
+        if options.get("gpus", 1) == 1:
+            # Whatever "auto" may take. One response at a time holds gradients while it goes forward, and may be the shorter.
+            keys = [key for key in ("sequence_tiling", "sequential_backward") if getattr(args, key) == "auto"]
+            ways = [dict.fromkeys(keys[:n], "on") for n in {max(len(keys) - 1, 0), len(keys)}]
+        found = []
+        for way in ways:
+            tried = copy.copy(args)
+            vars(tried).update(way)
+            size = {"gpu_memory": self.gpu_memory, "prompt_per_response": ratio, "members": members}
+            found.append(longest_context(self.model, tried, **size, **options))
+        longest = max((f for f in found if f is not None), key=lambda f: f.prompt, default=None)
+        if longest is None:
             return "no context fits"
-        return f"longest at this ratio: a prompt of {found.prompt} and responses of {found.responses[0]}"
+        with_keys = ways[found.index(longest)]
+        how = "".join(f", {key}: {value}" for key, value in with_keys.items())
+        return f"longest at this ratio{how}: a prompt of {longest.prompt} and responses of {longest.responses[0]}"
 
     def remedies(self) -> Iterator[tuple[str, int]]:
         """Keys to set, each with the peak that is left with it and all before it, until the step fits."""

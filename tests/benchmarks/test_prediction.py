@@ -66,3 +66,5 @@ def test_the_longest_triplets_are_rows_that_grow_with_what_saves_memory(monkeypa
         found = [row["longest"] for row in rows if row["method"] == method]
         assert 0 < found[0] < found[1] < found[2] < max(found[3:])
     assert "tiny, lora, 0.01 GiB, 8 : 1" in capsys.readouterr().out
+    assert main(["plots", str(tmp_path)]) == 0
+    assert (tmp_path / "predicted.png").read_bytes().startswith(b"\x89PNG")

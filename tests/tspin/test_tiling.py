@@ -132,22 +132,38 @@ def test_a_checkpoint_recomputes_no_mlp_unless_a_norm_reads_its_output(name, tim
     assert calls == [8] * 3 * times * len(model.model.layers)
 
 
-def test_no_activation_of_an_mlp_is_as_long_as_the_row():
-    model, longest = make(MODELS["llama"]()), [0]
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_nothing_wide_and_no_float32_of_a_16_bit_model_is_as_long_as_the_row(adapter):
+    """Not an MLP's activations, not what norms compute in, not what adapters read."""
+    config = hf.Qwen3Config(**SIZES | {"intermediate_size": 96}, head_dim=16)
+    model, longest = make(config, torch.bfloat16), {"wide": set(), "float32": set()}
+    model = adapted(model) if adapter else model  # whose weights are float32
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
     tile_sequences(model)
+    T, weights = 40, {p.shape for p in model.parameters()}
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             for t in torch.utils._pytree.tree_leaves(out):
-                if isinstance(t, torch.Tensor) and t.dim() > 1 and t.shape[-1] == 48 and t.shape != (32, 48):
-                    longest.append(t.shape[-2])
+                if (
+                    isinstance(t, torch.Tensor)
+                    and t.dim() > 1
+                    and not {t.shape, t.T.shape if t.dim() == 2 else None} & weights
+                ):
+                    per_token = t.numel() / T
+                    if per_token >= 96:
+                        longest["wide"].add((func.__name__, tuple(t.shape)))
+                    if t.dtype == torch.float32 and per_token >= 32:
+                        longest["float32"].add((func.__name__, tuple(t.shape)))
             return out
 
+    ids = torch.arange(1, T + 1)[None]
     with Watch():
-        gradients(model, (1, 40))
-    assert max(longest) == 8
+        core = model.get_base_model() if adapter else model
+        core.base_model(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+    assert longest == {"wide": set(), "float32": set()}
 
 
 def test_without_a_gradient_nothing_is_kept():
@@ -163,14 +179,28 @@ def test_without_a_gradient_nothing_is_kept():
     assert model(ids).logits.grad_fn is None
 
 
-def test_frozen_weights_get_no_gradient_and_inputs_do():
+@pytest.mark.parametrize("frozen", ["layers", "embed_tokens"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_does(frozen):
+    """Weights of an MLP that its input's gradient goes through, and inputs without a gradient of an MLP with trained weights."""
     model = make(MODELS["llama"]())
-    model.model.layers.requires_grad_(False)
+    getattr(model.model, frozen).requires_grad_(False)
     whole = gradients(model)
     tile_sequences(model)
     tiled = gradients(model)
-    assert "model.embed_tokens.weight" in tiled[1]
+    assert len(tiled[1]) and not any(frozen in name for name in tiled[1])
     agree(tiled, whole)
+
+
+def test_a_forward_that_a_module_had_is_run_and_comes_back():
+    model, calls = make(MODELS["llama"]()), []
+    mlp = model.model.layers[0].mlp
+    mlp.forward = own = lambda x: calls.append(x.shape[1]) or type(mlp).forward(mlp, x)
+    untile = tile_sequences(model)
+    calls.clear()
+    gradients(model, (1, 16))
+    assert calls == [8] * 4
+    untile()
+    assert mlp.forward is own
 
 
 def test_a_copy_of_a_tiled_model_has_weights_of_its_own():
