@@ -67,7 +67,8 @@ def tile_sequences(model: nn.Module) -> Callable[[], None]:
     """Let the MLPs, norms and adapters of a causal LM run some thousand tokens at a time, in forward and backward.
 
     Results and gradients are those of whole rows, to rounding; gradients of 16-bit weights are summed over tiles in float32. For
-    any trainer: a model with its adapters, before DDP or FSDP wrap it. Calling it twice changes nothing.
+    any trainer: a model with its adapters, before DDP or FSDP wrap it. Calling it twice changes nothing. `torch.compile` leaves
+    what is tiled as it is.
 
     Returns:
         A function that gives the modules back the forward that they had.
@@ -117,6 +118,7 @@ def _mixes_tokens(model: nn.Module) -> str | None:
     return None
 
 
+@torch.compiler.disable  # which cannot trace a backward that differentiates
 def _in_tiles(
     forward: Callable[..., Tensor], module: nn.Module, tokens: int, hidden_states: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:

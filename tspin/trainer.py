@@ -197,9 +197,7 @@ def method_loss_fn(args: TSPINConfig, beta: float) -> Callable[..., Tensor]:
     return loss_fn
 
 
-def _untileable(args: TSPINConfig, model: nn.Module) -> str | None:
-    if args.torch_compile:
-        return "torch_compile traces layers whole"
+def _untileable(model: nn.Module) -> str | None:
     if is_deepspeed_zero3_enabled():
         return "DeepSpeed ZeRO-3 divides the weights of an MLP while it is differentiated"
     return tiling.refusal(model)
@@ -266,7 +264,7 @@ class TSPINTrainer(Trainer):
             )
         install_scoring(model)
         if self.tiled:
-            if reason := _untileable(args, model):
+            if reason := _untileable(model):
                 raise ValueError(f"sequence_tiling: want 'off', got 'on': {reason}")
             tile_sequences(model)
         train_dataset, eval_dataset = (
@@ -333,7 +331,7 @@ class TSPINTrainer(Trainer):
         args = self.args
         if "auto" not in (args.sequence_tiling, args.sequential_backward):
             return
-        untileable = args.sequence_tiling == "auto" and _untileable(args, self.model)
+        untileable = args.sequence_tiling == "auto" and _untileable(self.model)
         check = self._memory_check(**({"sequence_tiling": "off"} if untileable else {}))
         taken = args if check is None else check.args
         self.tiled, self.sequential = taken.sequence_tiling == "on", taken.sequential_backward == "on"

@@ -137,6 +137,14 @@ def test_how_many_calls_a_gpu_gets(monkeypatch, window, long, calls):
     assert made == ["apart"] * (calls - 1) + ["forward"]
 
 
+@pytest.mark.parametrize("keys, pieces", [(None, [8]), (40, [3, 4, 1]), (1, [1] * 8)])
+def test_a_backward_takes_no_more_keys_at_once_than_it_may(keys, pieces):
+    """Or those of one run; LAYOUT has 8 of them, with 9, 14, 16, 12, 4, 16, 5 and 10 keys."""
+    plan = attention.plan_calls(LAYOUT, None, True, None, keys)
+    assert [len(piece.blocks.spans()) for piece in plan.pieces] == pieces
+    assert sum((piece.queries for piece in plan.pieces), ()) == plan.calls[0].queries
+
+
 def test_copies_are_summed_before_they_are_rounded():
     plan = attention.plan_calls(PrefixLayout(((1, (1, 1, 1)),)), None, True, None)
     pieces = torch.tensor([256.0, 1, 0, 1, 0, 1, 0]).bfloat16()[:, None]

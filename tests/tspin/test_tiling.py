@@ -49,11 +49,12 @@ def make(config, dtype=torch.float64, adapter=False):
     return (adapted(model) if adapter else model).to(dtype)
 
 
-def gradients(model, shape=(2, 15), autocast=False):
-    """Logits and the gradient of each trained parameter."""
+def gradients(run, shape=(2, 15), autocast=False, of=None):
+    """Logits and the gradient of each trained parameter of the model `of`, default `run` itself."""
+    model = run if of is None else of
     ids = torch.randint(1, 64, shape, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits = model(input_ids=ids, use_cache=False).logits.float()
+        logits = run(input_ids=ids, use_cache=False).logits.float()
     weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
     (logits * weight).sum().backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -290,9 +291,17 @@ def test_training_in_tiles_is_that_of_whole_rows(tmp_path, name):
 
 
 def test_the_trainer_says_why_it_cannot(tmp_path, monkeypatch):
-    for options, reason in (({"torch_compile": True}, "torch_compile traces layers whole"),):
-        with pytest.raises(ValueError, match=f"sequence_tiling: want 'off', got 'on': {reason}"):
-            train(tmp_path, triplets(3), sequence_tiling="on", **options)
     monkeypatch.setattr(tspin.trainer, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(ValueError, match="got 'on': DeepSpeed ZeRO-3"):
+    with pytest.raises(ValueError, match="sequence_tiling: want 'off', got 'on': DeepSpeed ZeRO-3"):
         train(tmp_path, triplets(3), sequence_tiling="on")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_model_takes_its_tiles_along(checkpointing):
+    model = make(MODELS["llama"]())
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    whole = gradients(model)
+    tile_sequences(model)
+    torch._dynamo.reset()
+    agree(gradients(torch.compile(model, backend="aot_eager"), of=model), whole)
