@@ -271,8 +271,9 @@ class _Attention(torch.autograd.Function):
         for _, keys, blocks in plan.pieces:
             rows = slice(start, start := start + blocks.query_ends[-1])
             # Kernels take rows at any stride, but not this vector.
-            mine, own_lse = [x[rows] for x in (grad, q, out)], lse[:, rows].contiguous()
-            grads = _backward(*mine[:2], plan.take(k, keys), plan.take(v, keys), mine[2], own_lse, blocks, ctx.scale)
+            inputs = (grad[rows], q[rows], plan.take(k, keys), plan.take(v, keys), out[rows], lse[:, rows].contiguous())
+            grads = _backward(*inputs, blocks, ctx.scale)
+            del inputs
             for kind, of_piece in zip(found, grads, strict=True):
                 kind.append(of_piece)
         dq = dqs[0] if len(dqs) == 1 else torch.cat(dqs)
