@@ -23,7 +23,7 @@ fi
 status=0
 start=$SECONDS
 if [ "${TESTS:-}" != 0 ]; then
-    tests=${TESTS:-tests/kernels tests/tspin/test_shared_attention.py tests/tspin/test_continuous.py}
+    tests=${TESTS:-tests/kernels tests/tspin/test_shared_attention.py tests/tspin/test_tiling.py tests/tspin/test_continuous.py}
     # -v: a run that is cut off has named what failed.
     timeout $((seconds / 2)) python3 -m pytest $tests -n "${WORKERS:-8}" -v -ra 2>&1 | tee "$out/tests.log" | tail -n 15 || status=1
 fi

@@ -63,7 +63,10 @@ def test_training_is_that_of_separate_rows_however_unequal_they_are(tmp_path):
     same_training(run(tmp_path, options, "on", rows), run(tmp_path, options, "off", rows))
 
 
-def test_training_with_activations_in_host_memory_is_that_without(tmp_path, monkeypatch):
+@pytest.mark.parametrize("tiling", ["off", "on"])
+def test_training_with_activations_in_host_memory_is_that_without(tmp_path, monkeypatch, tiling):
+    for tile in ("MLP_TILE", "NORM_TILE"):
+        monkeypatch.setattr(f"tspin.tiling.{tile}", 8)
     saved, save_on_cpu = [], modeling_utils.save_on_cpu
 
     def unpinned(pin_memory, **options):
@@ -73,7 +76,7 @@ def test_training_with_activations_in_host_memory_is_that_without(tmp_path, monk
     # A CPU has no pinned memory.
     monkeypatch.setattr(modeling_utils, "save_on_cpu", unpinned)
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"offload": True}}
-    offloaded = run(tmp_path, options, "on")
+    offloaded = run(tmp_path, options | {"sequence_tiling": tiling}, "on")
     assert saved
     same_training(offloaded, run(tmp_path, {}, "on"))
 
