@@ -57,6 +57,8 @@ def refusal(model: nn.Module) -> str | None:
     for module in modules:
         if hasattr(module, "experts"):
             return f"{type(module).__name__} sends tokens to experts"
+        if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules()):
+            return f"{type(module).__name__} has a dropout above 0, which its second forward would draw anew"
         inputs = inspect.signature(module.forward).parameters.values()
         if sum(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in inputs) != 1:
             return f"{type(module).__name__} reads more than hidden states"
@@ -73,7 +75,7 @@ def tile_sequences(model: nn.Module) -> Callable[[], None]:
     Returns:
         A function that gives the modules back the forward that they had.
     Raises:
-        ValueError: a model whose layers are not recognised, or mix tokens where they should not.
+        ValueError: layers that are not recognised, that mix tokens where they should not, or that have dropout there.
     """
     reason = refusal(model) or _mixes_tokens(model)
     if reason is not None:

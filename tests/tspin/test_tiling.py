@@ -260,7 +260,10 @@ def test_what_cannot_be_tiled_is_refused_and_why():
     assert "no module named mlp or feed_forward" in refusal(opt)
     bloom = make(hf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4))
     assert "reads more than hidden states" in refusal(bloom)
-    for model in (moe, opt, bloom):
+    config = LoraConfig(r=3, target_modules=["q_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
+    random = get_peft_model(make(MODELS["llama"]()), config)
+    assert "has a dropout above 0" in refusal(random)
+    for model in (moe, opt, bloom, random):
         with pytest.raises(ValueError, match=r"sequence_tiling: want .* use sequence_tiling='off'"):
             tile_sequences(model)
 
