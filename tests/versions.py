@@ -4,7 +4,7 @@ lowest: torch, triton and transformers at the lower bounds of pyproject.toml, th
 pinned: constraints.txt.
 newest: constraints.txt, but the newest transformers, and of what it depends on whatever it asks for.
 
-Each has a virtual environment of its own, made once. No version is stated here. torch's build for CUDA takes about 5 GB on disk;
+Each has a virtual environment of its own, made once. No version but numpy's is stated here. torch's build for CUDA takes about 5 GB on disk;
 `--reuse` tells the versions of an environment that stands and runs the suite in it.
 """
 
@@ -19,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOWERED = ("torch", "triton", "transformers")
+# Triton 3.6's interpreter makes numbers of arrays with one element, which numpy 2.4 refuses.
+BESIDE_THEM = ("numpy<2.4",)
 # What comes with a transformers and cannot be held at the pin of another.
 RAISED = ("transformers", "tokenizers", "safetensors", "huggingface_hub", "hf-xet", "peft")
 TOLD = (
@@ -37,9 +39,9 @@ TOLD = (
 
 
 def lowest() -> list[str]:
-    """name==bound for each package that is lowered, from pyproject.toml."""
+    """name==bound for each package that is lowered, from pyproject.toml, and what they want beside them."""
     bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
-    return [f"{name}=={bounds[name]}" for name in LOWERED]
+    return [*(f"{name}=={bounds[name]}" for name in LOWERED), *BESIDE_THEM]
 
 
 def newest() -> list[str]:
