@@ -4,8 +4,8 @@ lowest: torch, triton and transformers at the lower bounds of pyproject.toml, th
 pinned: constraints.txt.
 newest: constraints.txt, but the newest transformers, and of what it depends on whatever it asks for.
 
-Each has a virtual environment of its own, made once. No version but numpy's is stated here. torch's build for CUDA takes about 5 GB on disk;
-`--reuse` tells the versions of an environment that stands and runs the suite in it.
+Each has a virtual environment of its own, made once. No version but numpy's is stated here. torch's build for CUDA takes about
+5 GB on disk; `--reuse` tells the versions of an environment that stands and runs the suite in it.
 """
 
 from __future__ import annotations
