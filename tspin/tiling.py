@@ -4,7 +4,7 @@ With gradient checkpointing on they are most of what a backward holds for each t
 states, norms and adapters compute in float32. All read one token at a time, so tiles of tokens give what the whole row gives. A
 tile runs forward, and again just before its own backward. Under transformers' (non-reentrant) checkpointing that is hardly more
 work: the recomputation stops at an MLP's input, its last saved tensor, unless a layer reads the MLP's output again (a norm after
-it, as in Gemma and OLMo2). Deliberately knows no architecture, and leaves attention alone.
+it, as in Gemma and OLMo2), so that only norms and adapters outside MLPs run once more. Deliberately knows no architecture, and leaves attention alone.
 
 B rows of T tokens, D hidden width.
 """
