@@ -4,7 +4,8 @@ With gradient checkpointing on they are most of what a backward holds for each t
 states, norms and adapters compute in float32. All read one token at a time, so tiles of tokens give what the whole row gives. A
 tile runs forward, and again just before its own backward. Under transformers' (non-reentrant) checkpointing that is hardly more
 work: the recomputation stops at an MLP's input, its last saved tensor, unless a layer reads the MLP's output again (a norm after
-it, as in Gemma and OLMo2), so that only norms and adapters outside MLPs run once more. Deliberately knows no architecture, and leaves attention alone.
+it, as in Gemma and OLMo2); only norms and adapters outside MLPs run once more. Deliberately knows no architecture, and leaves
+attention alone.
 
 B rows of T tokens, D hidden width.
 """
@@ -81,7 +82,7 @@ def tile_sequences(model: nn.Module) -> Callable[[], None]:
     if reason is not None:
         raise ValueError(
             f"sequence_tiling: want layers whose MLPs read one token at a time, got {type(causal_lm(model)).__name__}: {reason}; "
-            "use sequence_tiling='off'"
+            "leave it untiled, in a config by sequence_tiling='off'"
         )
     before = []
     for module, tokens in _tiled_modules(model):

@@ -264,7 +264,7 @@ def test_what_cannot_be_tiled_is_refused_and_why():
     random = get_peft_model(make(MODELS["llama"]()), config)
     assert "has a dropout above 0" in refusal(random)
     for model in (moe, opt, bloom, random):
-        with pytest.raises(ValueError, match=r"sequence_tiling: want .* use sequence_tiling='off'"):
+        with pytest.raises(ValueError, match=r"sequence_tiling: want .* by sequence_tiling='off'"):
             tile_sequences(model)
 
 
