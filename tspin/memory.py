@@ -278,6 +278,7 @@ class _Step:
                 entropy = -(every.exp() * every).sum(-1)
             return every.gather(-1, rows[:, None]).sum() + entropy.sum()
         hidden = core.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        torch.clear_autocast_cache()
         live.relabel_all(WORK, KEPT)
         live.label, live.phase = HEAD, "loss"
         head = head_of(self.model)

@@ -229,6 +229,8 @@ def _score(model: nn.Module, plain_forward: Callable, score: ScoreRequest, **inp
         hidden = causal_lm(model).base_model(**inputs, use_cache=False).last_hidden_state
 
         def loss(hidden: Tensor) -> tuple[Tensor, SequenceStats]:
+            # Autocast has kept copies of the weights of all layers, which are done.
+            torch.clear_autocast_cache()
             head = head_of(model)
             return linear_sequence_loss(
                 *(hidden.flatten(0, 1), head.weight, score.targets, score.sequence_ids, score.loss_fn, head.bias),  # type: ignore

@@ -17,9 +17,9 @@ from tspin.memory import KEPT, predict_memory
 from tspin.model import disable_dropout, head_of, install_scoring, score_batch
 from tspin.prefix import NAME, PrefixLayout, layout_inputs
 from tspin.sequential import backward_one_by_one
-from tspin.tracing import gpu_attention
+from tspin.tracing import COPIES, LiveBytes, gpu_attention
 from tspin.trainer import TSPINConfig, method_loss_fn
-from tspin_kernels import linear_tspin_loss
+from tspin_kernels import linear_sequence_loss, linear_tspin_loss
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4, "vocab_size": 256}
 CONFIGS = {
@@ -208,6 +208,24 @@ def test_the_peak_is_predicted_within_ten_percent(tmp_path, name, arm, checkpoin
 def test_every_key_that_matters_is_priced(tmp_path, responses, sharing, values):
     ratio = check(tmp_path, "llama", 192, responses, sharing=sharing, **values)
     assert 0.9 <= ratio <= 1.1, ratio
+
+
+def test_autocasts_copies_of_weights_are_gone_when_the_head_runs(monkeypatch):
+    model, live, seen = AutoModelForCausalLM.from_config(CONFIGS["llama"]), LiveBytes(), []
+    install_scoring(model)
+    model.gradient_checkpointing_enable()
+    model.train()
+    head = linear_sequence_loss
+
+    def watched(*args, **options):
+        seen.append([number for number in live._live.values() if live.labels[number] == COPIES])
+        return head(*args, **options)
+
+    monkeypatch.setattr("tspin.model.linear_sequence_loss", watched)
+    batch = TripletCollator(pad_token_id=0)(rows_of(8, (4, 4, 4), 1))
+    with live, torch.autocast("cpu", torch.bfloat16):
+        score_batch(model, batch, lambda sequences: sequences.logprobs.sum(1))
+    assert COPIES in live.labels and seen == [[]]
 
 
 @pytest.mark.parametrize(
