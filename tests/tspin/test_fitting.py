@@ -116,6 +116,10 @@ def test_remedies_are_predictions_and_end_where_it_fits(tmp_path):
     one = replace(args, per_device_train_batch_size=1, gradient_accumulation_steps=8)
     first = predict_memory(SMALL, one, prompt_tokens=256, response_tokens=64).peak
     assert first == remedies[0][1]
+    spared = check.spared()
+    assert spared.fits and spared.args.sequential_backward == "on" and spared.need() in check.verdict()
+    settled = replace(args, sequence_tiling="off", sequential_backward="off")
+    check = MemoryCheck.of_run(config, settled, check.context, check.gpu_memory)
     with pytest.raises(ValueError, match=r"per_device_train_batch_size: 1.*longest at this ratio"):
         check.verdict()
 
@@ -151,7 +155,7 @@ def test_check_of_a_model_without_weights(tmp_path, capsys):
     assert "check failed: tokenizer" in captured.err and "memory" not in captured.err
     # What the trainer takes by itself is counted, unless it is switched off.
     assert cli.main(["check", *words, "0.01GB"]) == 2
-    assert "ok  memory: " in (out := capsys.readouterr().out) and "one response at a time in tiles, within" in out
+    assert "ok  memory: " in (out := capsys.readouterr().out) and "one response at a time, within" in out
     assert cli.main(["check", *words, "0.01GB", "--sequence_tiling", "off", "--sequential_backward", "off"]) == 2
     out, err = capsys.readouterr()
     assert "NO  memory: want at most" in out and "memory" in err
