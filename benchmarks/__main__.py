@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(prediction.table(rows))
         return int(any(row["missing"] for row in rows))
     if options.command == "longest":
-        ratios, caps = ([float(text) for text in given.split(",")] for given in (options.ratios, options.caps))
+        ratios, caps = ([float(n) for n in text.split(",")] for text in (options.ratios, options.caps))
         print(prediction.longest_table(prediction.longest(GOALS, ratios, caps, options.out / "predicted.jsonl")))
         return 0
     if options.command in ("train_step", "memory"):

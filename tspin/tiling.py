@@ -51,7 +51,7 @@ def _tiled_modules(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
 
 
 def refusal(model: nn.Module) -> str | None:
-    """Why a row of this model cannot be tiled, None where it can."""
+    """Why a row of this model cannot be tiled, None where it can; tried on a few tokens where the weights are there."""
     modules = [module for module, _ in _tiled_modules(model)]
     if not any(name in _MLPS for layer in decoder_layers(model) for name, _ in layer.named_children()):
         return "its layers have no module named " + " or ".join(_MLPS)
@@ -63,7 +63,7 @@ def refusal(model: nn.Module) -> str | None:
         inputs = inspect.signature(module.forward).parameters.values()
         if sum(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in inputs) != 1:
             return f"{type(module).__name__} reads more than hidden states"
-    return None
+    return _mixes_tokens(model)
 
 
 def tile_sequences(model: nn.Module) -> Callable[[], None]:
@@ -78,7 +78,7 @@ def tile_sequences(model: nn.Module) -> Callable[[], None]:
     Raises:
         ValueError: layers that are not recognised, that mix tokens where they should not, or that have dropout there.
     """
-    reason = refusal(model) or _mixes_tokens(model)
+    reason = refusal(model)
     if reason is not None:
         raise ValueError(
             f"sequence_tiling: want layers whose MLPs read one token at a time, got {type(causal_lm(model)).__name__}: {reason}; "
@@ -173,6 +173,8 @@ class _Keep(torch.autograd.Function):
 
 
 class _Tiles(torch.autograd.Function):
+    """A module over tiles of what `_Keep` has saved, which run again in the backward, one after another."""
+
     @staticmethod
     def forward(ctx: Any, kept: Tensor, module: Callable[[Tensor], Tensor], tokens: int, *weights: Tensor) -> Tensor:
         device = kept.device.type

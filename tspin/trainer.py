@@ -38,7 +38,6 @@ from tspin.rows import check_columns
 from tspin.scoring import scoring_options, verify_packed_row
 from tspin.sequential import backward_one_by_one
 from tspin.sharding import whole_weights
-from tspin.tiling import tile_sequences
 from tspin_kernels import SequenceStats, sft_loss, spin_loss, tspin_loss, tspin_ref_loss
 
 logger = logging.getLogger(__name__)
@@ -266,7 +265,7 @@ class TSPINTrainer(Trainer):
         if self.tiled:
             if reason := _untileable(model):
                 raise ValueError(f"sequence_tiling: want 'off', got 'on': {reason}")
-            tile_sequences(model)
+            tiling.tile_sequences(model)
         train_dataset, eval_dataset = (
             _with_ids(dataset, args, self.members, processing_class, vocabulary_size(causal_lm(model)))
             for dataset in (train_dataset, eval_dataset)
@@ -340,7 +339,7 @@ class TSPINTrainer(Trainer):
         self.tiled, self.sequential = map(bool, self.accelerator.reduce(wanted).tolist())  # type: ignore
         if self.tiled and args.sequence_tiling == "auto":
             logger.warning("sequence_tiling: some thousand tokens at a time, as whole rows would not fit the GPU")
-            tile_sequences(self.model)
+            tiling.tile_sequences(self.model)
         if self.sequential and args.sequential_backward == "auto":
             logger.warning("sequential_backward: one response at a time, as a whole batch would not fit the GPU")
 

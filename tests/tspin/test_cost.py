@@ -67,14 +67,17 @@ def attended(prompt: int, responses: list[int], shared: bool) -> tuple[int, int]
     return sum(map(len, rows)), pairs
 
 
-@pytest.mark.parametrize("sharing, checkpointing", [("auto", False), ("off", False), ("auto", True)])
-def test_training_is_three_forwards_of_what_attends_and_one_more_for_checkpoints(sharing, checkpointing):
-    options = {"prefix_sharing": sharing, "gradient_checkpointing": checkpointing, "num_train_epochs": 2}
+@pytest.mark.parametrize(
+    "sharing, again",
+    [("auto", {}), ("off", {}), ("auto", {"gradient_checkpointing": True}), ("auto", {"sequence_tiling": "on"})],
+)
+def test_training_is_three_forwards_of_what_attends_and_one_more_for_checkpoints_or_tiles(sharing, again):
+    options = {"prefix_sharing": sharing, "num_train_epochs": 2} | again
     found, forward = cost(**options), Forward.of(bare())
     for iteration, responses in ((0, [120, 80]), (1, [120, 80, 80])):
         tokens, pairs = attended(500, responses, sharing == "auto")
         layers = forward.token * tokens + forward.pair * pairs
-        wanted = 2 * 4 * (layers * (4 if checkpointing else 3) + 3 * forward.head * sum(responses))
+        wanted = 2 * 4 * (layers * (4 if again else 3) + 3 * forward.head * sum(responses))
         assert flop(found, "training", iteration) == pytest.approx(wanted, rel=2e-3)
 
 

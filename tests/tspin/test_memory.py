@@ -72,12 +72,6 @@ def shared_backward(model, prompt: int, responses: tuple[int, ...], triplets: in
     )[0].backward()
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
-    for name in ("MLP_TILE", "NORM_TILE"):
-        monkeypatch.setattr(tiling, name, 64)
-
-
 def measured_peak(config, args, prompt, responses, *, sharing=False, adapter=None) -> int:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -131,27 +125,16 @@ def measured_peak(config, args, prompt, responses, *, sharing=False, adapter=Non
     return before + most
 
 
-def peaks(tmp_path, config, prompt, responses, *, sharing=False, adapter=None, measured=True, **values):
-    """Predicted and measured bytes."""
-    args = training_args(tmp_path, **values)
-    predicted = predict_memory(
-        config,
-        args,
-        prompt_tokens=prompt,
-        response_tokens=responses,
-        sharing=sharing,
-        peft_config=adapter,
-        gpu=False,
-    ).peak
-    if not measured:
-        return predicted, None
-    found = measured_peak(config, args, prompt, responses, sharing=sharing, adapter=adapter)
-    print(f"{predicted} predicted, {found} measured: {predicted / found:.3f}")
-    return predicted, found
+def predicted_peak(config, args, prompt, responses, *, sharing=False, adapter=None) -> int:
+    options = {"sharing": sharing, "peft_config": adapter, "gpu": False}
+    return predict_memory(config, args, prompt_tokens=prompt, response_tokens=responses, **options).peak
 
 
-def check(tmp_path, name, prompt, responses, **options) -> float:
-    predicted, measured = peaks(tmp_path, WIDE if name == "wide" else CONFIGS[name], prompt, responses, **options)
+def check(tmp_path, config, prompt, responses, *, sharing=False, adapter=None, **values) -> float:
+    """The predicted peak by the measured one."""
+    args, options = training_args(tmp_path, **values), {"sharing": sharing, "adapter": adapter}
+    predicted, measured = (peak(config, args, prompt, responses, **options) for peak in (predicted_peak, measured_peak))
+    print(f"{predicted} predicted, {measured} measured: {predicted / measured:.3f}")
     return predicted / measured
 
 
@@ -171,12 +154,14 @@ TILED = {
 def test_the_peak_in_tiles_is_predicted_and_lower(tmp_path, monkeypatch, name, arm, adapter):
     for tile in ("MLP_TILE", "NORM_TILE"):
         monkeypatch.setattr(tiling, tile, 64)
-    lengths, options = (512, (192, 128, 192)), {"adapter": adapter, "gradient_checkpointing": True, **ARMS[arm]}
-    predicted, measured = peaks(tmp_path, TILED[name], *lengths, sequence_tiling="on", **options)
-    assert predicted == pytest.approx(measured, rel=0.1)
-    assert (
-        predicted < 0.97 * peaks(tmp_path, TILED[name], *lengths, sequence_tiling="off", measured=False, **options)[0]
+    lengths, options = (512, (192, 128, 192)), {"adapter": adapter, "sharing": arm == "shared"}
+    keys = {"gradient_checkpointing": True, "sequential_backward": "on" if arm == "sequential" else "off"}
+    assert check(tmp_path, TILED[name], *lengths, sequence_tiling="on", **options, **keys) == pytest.approx(1, abs=0.1)
+    tiled, whole = (
+        predicted_peak(TILED[name], training_args(tmp_path, sequence_tiling=switch, **keys), *lengths, **options)
+        for switch in ("on", "off")
     )
+    assert tiled < 0.97 * whole
 
 
 @pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["full", "lora"])
@@ -184,7 +169,9 @@ def test_the_peak_in_tiles_is_predicted_and_lower(tmp_path, monkeypatch, name, a
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_peak_is_predicted_within_ten_percent(tmp_path, name, arm, checkpointing, adapter):
-    ratio = check(tmp_path, name, 192, (48, 48, 48), adapter=adapter, gradient_checkpointing=checkpointing, **ARMS[arm])
+    ratio = check(
+        tmp_path, CONFIGS[name], 192, (48, 48, 48), adapter=adapter, gradient_checkpointing=checkpointing, **ARMS[arm]
+    )
     assert 0.9 <= ratio <= 1.1, ratio
 
 
@@ -206,7 +193,7 @@ def test_the_peak_is_predicted_within_ten_percent(tmp_path, name, arm, checkpoin
     ids=lambda value: None if isinstance(value, (tuple, bool)) else "-".join(map(str, value)) or "plain",
 )
 def test_every_key_that_matters_is_priced(tmp_path, responses, sharing, values):
-    ratio = check(tmp_path, "llama", 192, responses, sharing=sharing, **values)
+    ratio = check(tmp_path, CONFIGS["llama"], 192, responses, sharing=sharing, **values)
     assert 0.9 <= ratio <= 1.1, ratio
 
 
@@ -232,7 +219,7 @@ def test_autocasts_copies_of_weights_are_gone_when_the_head_runs(monkeypatch):
     "values", [{}, {"memory_budget": 3 * 2**20}, {"fused": "off"}], ids=["kept", "budget", "logits"]
 )
 def test_the_head_of_a_large_vocabulary_is_priced(tmp_path, values):
-    ratio = check(tmp_path, "wide", 16, (48, 48, 48), optim="sgd", **values)
+    ratio = check(tmp_path, WIDE, 16, (48, 48, 48), optim="sgd", **values)
     assert 0.9 <= ratio <= 1.1, ratio
 
 
