@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from tspin.model import cache_keyword, head_of
 from tspin.prefix import refusal
+from tspin.tracing import grouped_experts
 
 if TYPE_CHECKING:
     from tspin.config import SelfPlayConfig
@@ -88,7 +89,7 @@ class Forward:
         head, core = head_of(model).weight, cast(Any, model.base_model)
         short, long = 64, 128
         try:
-            with torch.no_grad(), torch.device("meta"):
+            with torch.no_grad(), torch.device("meta"), grouped_experts():
                 flops = [_flops(model, length) for length in (short, long)]
                 cache: Any = DynamicCache(config=model.config)
                 cached = {cache_keyword(model): cache}

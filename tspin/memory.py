@@ -31,7 +31,17 @@ from tspin import tiling
 from tspin.model import causal_lm, decoder_layers, disable_dropout, head_of
 from tspin.optimizers import OptimizerBytes, optimizer_bytes
 from tspin.prefix import NAME, PrefixLayout, layout_inputs, refusal
-from tspin.tracing import COPIES, WORK, LiveBytes, Select, assume_no_padding, gpu_attention, head_loss, two_tiles
+from tspin.tracing import (
+    COPIES,
+    WORK,
+    LiveBytes,
+    Select,
+    assume_no_padding,
+    gpu_attention,
+    grouped_experts,
+    head_loss,
+    two_tiles,
+)
 
 if TYPE_CHECKING:
     from tspin.trainer import TSPINConfig
@@ -246,7 +256,7 @@ class _Step:
             for p in trainable:
                 p.grad = torch.empty_like(p)
             live.hold([p.grad for p in trainable], GRADIENTS)
-        with live, two_tiles(), gpu_attention() if self.gpu else nullcontext():
+        with live, two_tiles(), grouped_experts(), gpu_attention() if self.gpu else nullcontext():
             with self._autocast():
                 loss = self._forward(live)
             live.label, live.phase = WORK, _LAST

@@ -1,11 +1,11 @@
-"""The MLPs, norms and adapters of a model some thousand tokens at a time: their inner activations never exist for a whole row.
+"""The MLPs, experts, norms and adapters of a model some thousand tokens at a time: what is wide in them is never as long as a row.
 
 With gradient checkpointing on they are most of what a backward holds for each token: an MLP is several times wider than the hidden
-states, norms and adapters compute in float32. All read one token at a time, so tiles of tokens give what the whole row gives. A
-tile runs forward, and again just before its own backward. Under transformers' (non-reentrant) checkpointing that is hardly more
-work: the recomputation stops at an MLP's input, its last saved tensor, unless a layer reads the MLP's output again (a norm after
-it, as in Gemma and OLMo2); only norms and adapters outside MLPs run once more. Deliberately knows no architecture, and leaves
-attention alone.
+states, experts copy a token for each of those that it is sent to, norms and adapters compute in float32. All read one token at a
+time, so tiles of tokens give what the whole row gives. A tile runs forward, and again just before its own backward. Under
+transformers' (non-reentrant) checkpointing that is hardly more work: the recomputation stops at an MLP's input, its last saved
+tensor, unless a layer reads the MLP's output again (a norm after it, as in Gemma and OLMo2); only norms and adapters outside MLPs
+run once more. Deliberately knows no architecture, and leaves attention alone.
 
 B rows of T tokens, D hidden width.
 """
@@ -19,14 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import output_capturing
 
 from tspin.model import causal_lm, decoder_layers
 
 # Tokens: products of so many are as fast as those of a whole row, and weight gradients are rarely added up.
 MLP_TILE = 4096
 NORM_TILE = 2 * MLP_TILE
+# Tokens of a tile that an expert is to get on average: its weights are read again for each tile.
+EXPERT_TILE = 512
 _MULTIPLE = 128
-_MLPS = ("mlp", "feed_forward")
+_MLPS = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp")
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -41,7 +44,7 @@ def _tiled_modules(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
     for layer in decoder_layers(model):
         for name, child in layer.named_children():
             if name in _MLPS:
-                yield child, MLP_TILE
+                yield child, _mlp_tile(child)
                 continue
             for module in child.modules():
                 if _is_norm(module):
@@ -50,16 +53,23 @@ def _tiled_modules(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
                     yield module, MLP_TILE  # an adapter, which casts what it reads
 
 
+def _mlp_tile(mlp: nn.Module) -> int:
+    experts, chosen = (
+        max((getattr(m, name, 0) for m in mlp.modules()), default=0) for name in ("num_experts", "top_k")
+    )
+    return max(MLP_TILE, EXPERT_TILE * experts // max(1, chosen))
+
+
 def refusal(model: nn.Module) -> str | None:
     """Why a row of this model cannot be tiled, None where it can; tried on a few tokens where the weights are there."""
     modules = [module for module, _ in _tiled_modules(model)]
     if not any(name in _MLPS for layer in decoder_layers(model) for name, _ in layer.named_children()):
-        return "its layers have no module named " + " or ".join(_MLPS)
+        return f"its layers have no module named {' or '.join(_MLPS)}"
     for module in modules:
-        if hasattr(module, "experts"):
-            return f"{type(module).__name__} sends tokens to experts"
         if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules()):
             return f"{type(module).__name__} has a dropout above 0, which its second forward would draw anew"
+        if any(name.endswith("jitter_noise") and value for m in module.modules() for name, value in vars(m).items()):
+            return f"{type(module).__name__} has a jitter noise above 0, which its second forward would draw anew"
         inputs = inspect.signature(module.forward).parameters.values()
         if sum(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in inputs) != 1:
             return f"{type(module).__name__} reads more than hidden states"
@@ -67,11 +77,11 @@ def refusal(model: nn.Module) -> str | None:
 
 
 def tile_sequences(model: nn.Module) -> Callable[[], None]:
-    """Let the MLPs, norms and adapters of a causal LM run some thousand tokens at a time, in forward and backward.
+    """Let the MLPs, experts, norms and adapters of a causal LM run some thousand tokens at a time, in forward and backward.
 
     Results and gradients are those of whole rows, to rounding; gradients of 16-bit weights are summed over tiles in float32. For
     any trainer: a model with its adapters, before DDP or FSDP wrap it. Calling it twice changes nothing. `torch.compile` leaves
-    what is tiled as it is.
+    what is tiled as it is. Experts run whole in a forward that is asked for router logits, whose loss needs those of all tokens.
 
     Returns:
         A function that gives the modules back the forward that they had.
@@ -114,10 +124,11 @@ def _mixes_tokens(model: nn.Module) -> str | None:
         hidden_size = core.config.get_text_config().hidden_size
         width = getattr(module, "in_features", hidden_size if own is None else own.shape[-1])
         x = torch.randn(1, 6, width, generator=generator).to(weight.device, dtype)
-        whole: Any = module(x)
+        read = _reader(module, module, [])
+        whole: Any = read(x)
         if not isinstance(whole, Tensor) or whole.shape[:2] != x.shape[:2]:
             return f"{type(module).__name__} does not return hidden states alone"
-        apart = torch.cat([module(x[:, t : t + 1]) for t in range(x.shape[1])], 1)
+        apart = torch.cat([read(x[:, t : t + 1]) for t in range(x.shape[1])], 1)
         # Half of the places, of TF32 at best, which a GPU may have multiplied in.
         rounding = max(torch.finfo(dtype).eps, torch.finfo(torch.float16).eps) ** 0.5
         if not (apart - whole).abs().max() <= rounding * whole.abs().max():
@@ -127,19 +138,43 @@ def _mixes_tokens(model: nn.Module) -> str | None:
 
 @torch.compiler.disable  # which cannot trace a backward that differentiates
 def _in_tiles(
-    forward: Callable[..., Tensor], module: nn.Module, tokens: int, hidden_states: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
-    if hidden_states.shape[:2].numel() <= tokens or args or kwargs:
+    forward: Callable[..., Any], module: nn.Module, tokens: int, hidden_states: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    if hidden_states.shape[:2].numel() <= tokens or args or kwargs or (_has_experts(module) and _asks_for_routing()):
         return forward(hidden_states, *args, **kwargs)
+    others: list[None] = []
+    read = _reader(forward, module, others)
     flat = hidden_states.reshape(1, -1, *hidden_states.shape[2:])
     # Asked for now: under FSDP2 these are the weights that it has just gathered.
     weights = [p for p in module.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (weights or flat.requires_grad):
         kept = _Keep.apply(flat, torch.empty(0, requires_grad=True))
-        out = _Tiles.apply(kept, forward, tokens, *weights)
+        out: Any = _Tiles.apply(kept, read, tokens, *weights)
     else:
-        out = _run(forward, flat, tokens)
-    return out.view(*hidden_states.shape[:2], *out.shape[2:])  # type: ignore
+        out = _run(read, flat, tokens)
+    out = out.view(*hidden_states.shape[:2], *out.shape[2:])
+    return (out, *others) if others else out
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return hasattr(module, "experts")
+
+
+def _asks_for_routing() -> bool:
+    return "router_logits" in (output_capturing._active_collector.get() or ())
+
+
+def _reader(forward: Callable[[Tensor], Any], module: nn.Module, others: list[None]) -> Callable[[Tensor], Any]:
+    """`forward`; of experts the first output alone, since layers read no other, and a None in `others` for each of those."""
+
+    def first(hidden: Tensor) -> Any:
+        out = forward(hidden)
+        if not isinstance(out, tuple):
+            return out
+        others[:] = [None] * (len(out) - 1)
+        return out[0]
+
+    return first if _has_experts(module) else forward
 
 
 def tiles(total: int, most: int) -> list[slice]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations import moe
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -171,6 +172,33 @@ def gpu_attention() -> Iterator[None]:
         (attention, "_backward"): _varlen_backward,
     }
     with _in_place(stand_ins):
+        yield
+
+
+class _ExpertProduct(torch.autograd.Function):
+    """The rows of each expert by its own weight: whichever rows those are, this many products and bytes.
+
+    input: [S, K]; weight: [E, K, N]; returns [S, N].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        with torch.autocast("cpu", enabled=False):  # of which a grouped product knows nothing
+            return input @ weight[0]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore
+        input, weight = ctx.saved_tensors
+        dinput = dout @ weight[0].T if ctx.needs_input_grad[0] else None
+        return dinput, weight.new_empty(weight.shape) if ctx.needs_input_grad[1] else None
+
+
+@contextmanager
+def grouped_experts() -> Iterator[None]:
+    """Within it, mixtures of experts run without data in any dtype, which torch's own grouped product does in bfloat16 alone."""
+    stand_in = lambda input, weight, offs: _ExpertProduct.apply(input.to(weight.dtype), weight)
+    with _in_place({(moe, "_grouped_mm"): stand_in}):
         yield
 
 

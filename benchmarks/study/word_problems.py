@@ -4,8 +4,8 @@
     python -m benchmarks.study.word_problems table FOLDER/rows.jsonl
 
 Each call makes the initial policy of a seed, finishes whole arms of it while there is time, and leaves rows and pictures only; the
-next call goes on after the arms that have a row. Rates are tuned per method on validation numbers of a seed of its own; then
-three other seeds are run once. The initial policy is made anew by each call: rows carry its hash, and arms are compared within one.
+next call goes on after the arms that have a row. Rates are tuned per method on validation numbers of a seed of its own, on a grid of
+half decades that grows while its first or last rate is the best; then three other seeds are run once. The initial policy is made anew by each call: rows carry its hash, and arms are compared within one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from tspin import storage
 
 METHODS = ("tspin", "spin", "sft", "tspin_no_history", "tspin_ref")
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
-RATES = {"tspin": (1e-6, 3e-6, 1e-5), "spin": (1e-6, 3e-6, 1e-5), "sft": (1e-5, 3e-5, 1e-4)}
+RATES = {"tspin": (1e-6, 3e-6, 1e-5), "spin": (3e-7, 1e-6, 3e-6), "sft": (3e-5, 1e-4, 3e-4)}
+_HALF_DECADES = (1e-8, 3e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 # Ablations are run at the rate of what they ablate.
 RATE_OF = {"tspin_no_history": "tspin", "tspin_ref": "tspin"}
 HERE = Path(__file__).parent
@@ -56,11 +57,28 @@ class Arm:
         return min(size.iterations, 3) if self.phase == "tune" else size.iterations
 
 
+def scores(rows: Sequence[dict[str, Any]], method: str) -> dict[float, float]:
+    """By rate, greedy exact match on validation numbers at the last iteration."""
+    return {row["rate"]: row["iterations"][-1]["val"]["greedy"] for row in rows if is_of(row, "tune", method)}
+
+
+def grid(rows: Sequence[dict[str, Any]], method: str) -> list[float]:
+    """The rates to try: the first three, and what is next to an end that is the best of those tried."""
+    found = scores(rows, method)
+    rates = sorted({*RATES[method], *found})
+    for end, inner, step in ((rates[0], rates[1], -1), (rates[-1], rates[-2], 1)):
+        place = _HALF_DECADES.index(end) + step
+        is_best = found.keys() == set(rates) and found[end] == max(found.values()) > found[inner]
+        if is_best and 0 <= place < len(_HALF_DECADES):
+            return sorted([*rates, _HALF_DECADES[place]])
+    return rates
+
+
 def tuned(rows: Sequence[dict[str, Any]], method: str) -> float | None:
-    """The rate with the highest greedy exact match on validation numbers at the last iteration; None before all are run."""
+    """The rate with the highest score, the lowest of equals; None before all are run."""
     method = RATE_OF.get(method, method)
-    found = {row["rate"]: row["iterations"][-1]["val"]["greedy"] for row in rows if is_of(row, "tune", method)}
-    return max(found, key=lambda rate: (found[rate], -rate)) if found.keys() == set(RATES[method]) else None
+    found = scores(rows, method)
+    return max(found, key=lambda rate: (found[rate], -rate)) if found.keys() == set(grid(rows, method)) else None
 
 
 def is_of(row: dict[str, Any], phase: str, method: str) -> bool:
@@ -69,7 +87,7 @@ def is_of(row: dict[str, Any], phase: str, method: str) -> bool:
 
 def plan(rows: Sequence[dict[str, Any]]) -> list[Arm]:
     """The arms without a row that can be run now, those of one seed together."""
-    arms = [Arm("tune", method, rate, TUNING_SEED) for method, rates in RATES.items() for rate in rates]
+    arms = [Arm("tune", method, rate, TUNING_SEED) for method in RATES for rate in grid(rows, method)]
     for seed in SEEDS:
         rates = [(method, tuned(rows, method)) for method in METHODS]
         arms += [Arm("test", method, rate, seed) for method, rate in rates if rate is not None]

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.study.figures import STYLE
-from benchmarks.study.word_problems import METHODS, RATES, TUNING_SEED, is_of, tuned
+from benchmarks.study.word_problems import METHODS, RATES, TUNING_SEED, grid, is_of, scores, tuned
 
 Row = dict[str, Any]
 _PANELS = (
@@ -32,9 +32,8 @@ def write(rows: Sequence[Row], folder: Path) -> str:
 def tuning_table(rows: Sequence[Row]) -> str:
     """Greedy exact match on validation numbers at the last iteration, by method and rate; the highest is marked."""
     lines = [f"Tuning, seed {TUNING_SEED}: greedy exact match on validation numbers at the last iteration.\n"]
-    for method, rates in RATES.items():
-        found = {row["rate"]: row["iterations"][-1]["val"]["greedy"] for row in rows if is_of(row, "tune", method)}
-        best = tuned(rows, method)
+    for method in RATES:
+        found, rates, best = scores(rows, method), grid(rows, method), tuned(rows, method)
         cells = [
             f"{rate:g}: {found[rate]:.3f}{' *' * (rate == best)}" if rate in found else f"{rate:g}: -" for rate in rates
         ]

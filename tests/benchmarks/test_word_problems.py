@@ -116,9 +116,9 @@ def row_of(arm: study.Arm, greedy: float, pupil: str | None = None) -> dict:
 
 
 def tuned_rows() -> list[dict]:
-    """Every method best at its second rate, T-SPIN at its third."""
+    """Every method best at its second rate, T-SPIN at its third, next to which one more was then tried."""
     rows = []
-    for arm in study.plan([]):
+    for arm in [*study.plan([]), study.Arm("tune", "tspin", 3e-5, study.TUNING_SEED)]:
         best = study.RATES[arm.method][2 if arm.method == "tspin" else 1]
         rows.append(row_of(arm, 0.6 if arm.rate == best else 0.4))
     return rows
@@ -128,17 +128,34 @@ def test_rates_are_tuned_first_and_ablations_take_the_rate_of_what_they_ablate()
     arms = study.plan([])
     assert {a.phase for a in arms} == {"tune"} and {a.seed for a in arms} == {study.TUNING_SEED} and len(arms) == 9
     rows = tuned_rows()
-    assert {a.phase for a in study.plan(rows[:-1])} == {"tune", "test"}  # methods whose rates are known can go on
+    assert study.plan(rows[:-1]) == [  # methods whose rates are known can go on
+        study.Arm("tune", "tspin", 3e-5, study.TUNING_SEED),
+        *(study.Arm("test", m, r, s) for s in study.SEEDS for m, r in (("spin", 1e-6), ("sft", 1e-4))),
+    ]
     arms = study.plan(rows)
     assert [a.seed for a in arms] == [seed for seed in study.SEEDS for _ in study.METHODS]
     assert {a.method: a.rate for a in arms} == {
         "tspin": 1e-5,
-        "spin": 3e-6,
-        "sft": 3e-5,
+        "spin": 1e-6,
+        "sft": 1e-4,
         "tspin_no_history": 1e-5,
         "tspin_ref": 1e-5,
     }
     assert study.plan([*rows, row_of(arms[0], 0.5)]) == arms[1:]
+
+
+def test_a_grid_grows_while_an_end_is_the_best_of_it():
+    tried = lambda **found: [
+        row_of(study.Arm("tune", "spin", float(r), study.TUNING_SEED), score) for r, score in found.items()
+    ]
+    rates = lambda **found: study.grid(tried(**found), "spin")
+    three = [3e-7, 1e-6, 3e-6]
+    assert rates() == rates(**{"3e-7": 0.9}) == rates(**{"3e-7": 0.1, "1e-6": 0.2, "3e-6": 0.1}) == three
+    assert rates(**{"3e-7": 0.3, "1e-6": 0.2, "3e-6": 0.1}) == [1e-7, *three]
+    assert rates(**{"3e-7": 0.1, "1e-6": 0.2, "3e-6": 0.3}) == [*three, 1e-5]
+    assert rates(**{"3e-7": 0.2, "1e-6": 0.2, "3e-6": 0.1}) == three  # equals: the lower one, and nothing beyond it
+    every = {f"{rate:g}": rate for rate in study._HALF_DECADES}
+    assert rates(**every) == list(study._HALF_DECADES) and study.tuned(tried(**every), "spin") == 3e-3
 
 
 def test_differences_are_between_arms_of_one_pupil():
@@ -152,8 +169,8 @@ def test_differences_are_between_arms_of_one_pupil():
 
 def test_the_table_and_the_picture_of_rows(tmp_path):
     rows = tuned_rows()
-    assert "1e-05: 0.600 * (the edge of the grid)" in tuning_table(rows) and "3e-06: 0.600 *" in tuning_table(rows)
-    assert "- sft: 1e-05: -," in tuning_table([])
+    assert "1e-05: 0.600 *, 3e-05: 0.400" in tuning_table(rows) and "1e-06: 0.600 *, 3e-06" in tuning_table(rows)
+    assert "- sft: 3e-05: -," in tuning_table([])
     write(rows, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["table.md"]
     write(
