@@ -189,7 +189,7 @@ class _ExpertProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore
-        input, weight = ctx.saved_tensors
+        _, weight = ctx.saved_tensors
         dinput = dout @ weight[0].T if ctx.needs_input_grad[0] else None
         return dinput, weight.new_empty(weight.shape) if ctx.needs_input_grad[1] else None
 
@@ -277,9 +277,8 @@ class _HeadLoss(torch.autograd.Function):
             grads[1] = weight.new_empty(weight.shape, dtype=sizes.weight_dtype)
         if sizes.wanted[2] and bias is not None:
             grads[2] = bias.new_empty(bias.shape, dtype=torch.float32)
-        for block, part in sizes.blocks:
-            kept = hidden.new_empty(block, dtype=torch.uint8), hidden.new_empty(part, dtype=torch.uint8)
-            del kept
+        for block in sizes.blocks:
+            hidden.new_empty(block, dtype=torch.uint8)
         ctx.grads = grads
         return hidden.new_empty((), dtype=torch.float32)
 
@@ -293,7 +292,7 @@ class _HeadSizes(NamedTuple):
     wanted: list[bool]  # gradients of hidden, weight and bias
     hidden_dtype: torch.dtype
     weight_dtype: torch.dtype
-    blocks: list[tuple[int, int]]  # bytes of a block with its products, and of its rows' gradient
+    blocks: list[int]  # bytes of each block of logits with all that its products need
 
 
 def head_loss(hidden: Tensor, head: Head, per_group: Sequence[int], *, budget: int | None, on_cpu: bool) -> Tensor:
@@ -310,19 +309,18 @@ def head_loss(hidden: Tensor, head: Head, per_group: Sequence[int], *, budget: i
     grad = torch.is_grad_enabled()
     wanted = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     rows = _HeadRows(hidden.new_empty(N, dtype=torch.int64), list(per_group))
-    ranges = group_blocks(kernel, like, rows, wanted, budget) if any(wanted) else None  # type: ignore[arg-type]
-    part_bytes = hidden.shape[-1] * hidden.dtype.itemsize if wanted[0] else 0
+    half = compute == torch.float16
+    hidden_dtype = torch.float32 if half else hidden.dtype
+    dtypes = hidden_dtype if wanted[0] else None, weight.dtype if wanted[1] else None
+    ranges = group_blocks(kernel, like, rows, dtypes, budget) if any(wanted) else None  # type: ignore[arg-type]
     blocks = []
     for _, _, n in ranges or [(0, len(per_group), N)]:
-        dtypes = [t.dtype if needed else None for t, needed in zip((hidden, weight), wanted, strict=False)]
-        sizes = kernel.sizes(n, like, True, *dtypes)
+        sizes = kernel.sizes(n, like, *dtypes, gathered=True, scattered=True)
         plan = plan_blocks(sizes, budget)
         rows_, cols = (max(1, n), kernel.V) if ranges else (plan.rows, plan.cols)
         # On a CPU the work on rows holds a few float32 tiles of logits; on a GPU it is a kernel.
         tiles = 3 * 4 * min(n * cols, _TILE["cpu"]) if on_cpu else 0
-        blocks.append((sizes.total(rows_, cols) + tiles, n * part_bytes))
-    several, half = ranges is not None and len(ranges) > 1, compute == torch.float16
-    widened = _HeadSizes(
-        wanted, torch.float32 if half else hidden.dtype, torch.float32 if half or several else weight.dtype, blocks
-    )
+        blocks.append(sizes.total(rows_, cols) + tiles)
+    several = ranges is not None and len(ranges) > 1
+    widened = _HeadSizes(wanted, hidden_dtype, torch.float32 if half or several else weight.dtype, blocks)
     return _HeadLoss.apply(hidden, weight, bias, widened)

@@ -20,7 +20,7 @@ from tspin_kernels._shards import Shard
 
 _NARROW = (torch.float16, torch.bfloat16)
 # A product on its way into a wider sum is made in slices of at most this.
-_PRODUCT_BYTES = 64 * 2**20
+PRODUCT_BYTES = 64 * 2**20
 # Where its slices start: elsewhere a GPU takes products for older matrix units.
 _ALIGNED = 256
 # Columns of 16-bit logits in 16 bytes, from where a GPU's matrix units start: at other widths products take several times as long.
@@ -32,7 +32,7 @@ class RowStats(NamedTuple):
 
     m: Tensor
     log_s: Tensor
-    logprobs: Tensor
+    logprobs: Tensor | None
     entropy: Tensor | None
 
     def take(self, rows: Tensor | slice) -> "RowStats":
@@ -50,10 +50,18 @@ class Upstream(NamedTuple):
         return Upstream(*(None if values is None else values[rows] for values in self))
 
 
+class Scattered(NamedTuple):
+    """A gradient of rows that go elsewhere: `write(start, stop, values)` takes those from start to stop [stop - start, D], each
+    row once, in the dtype or in a wider one."""
+
+    write: Callable[[int, int, Tensor], None]
+    dtype: torch.dtype
+
+
 class Gradients(NamedTuple):
     """Gradients in the hidden rows [N, D], weight [V, D] and bias [V]; None where not wanted."""
 
-    hidden: Tensor | None
+    hidden: Tensor | Scattered | None
     weight: Tensor | None
     bias: Tensor | None
 
@@ -129,11 +137,14 @@ class Head:
         self,
         N: int,
         hidden: Tensor,
+        dhidden: torch.dtype | None,
+        dweight: torch.dtype | None,
+        *,
         gathered: bool,
-        dhidden: torch.dtype | None = None,
-        dweight: torch.dtype | None = None,
+        scattered: bool,
     ) -> Sizes:
-        """What the planner asks of N rows of `hidden`, `gathered` by an index or not, and the dtypes of the gradients."""
+        """What the planner asks of N rows of `hidden` and the dtypes of the gradients; rows `gathered` by an index, those of their
+        gradient `Scattered`."""
         D, narrow = self.weight.shape[1], self.compute_dtype in _NARROW
         on_cpu = hidden.device.type == "cpu"
 
@@ -156,6 +167,7 @@ class Head:
             always_sum=self.compute_dtype == torch.float16,
             row_bytes=D * (wide_copy + (copied if gathered or hidden.dtype != self.compute_dtype else 0)),
             col_bytes=D * (wide_copy + (copied if is_copied else 0)),
+            scattered=dhidden.itemsize if scattered and dhidden else 0,
         )
 
     def project(self, hidden: Tensor, out: Tensor) -> None:
@@ -185,7 +197,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool, unscale: Tensor 
     if first and unscale is None and a.device.type != "cpu":
         product(a, b, out.dtype, out)
         return
-    step = max(1, _PRODUCT_BYTES // (4 * b.shape[1]))
+    step = max(1, PRODUCT_BYTES // (4 * b.shape[1]))
     for start, stop in _steps(a.shape[0], step - step % _ALIGNED or step):
         part = product(a[start:stop], b, accumulate_dtype(a.dtype))
         if unscale is not None:
@@ -293,14 +305,16 @@ def compute_gradients(
     The bias' is always added.
     """
     N = targets.shape[0]
-    upstream, unscale = rescale(upstream, head.compute_dtype)
+    upstream, unscale = rescale(upstream, head)
     row_steps, col_steps = _steps(N, blocks.rows), _steps(head.V, blocks.cols)
     if blocks.tokens_inner:
         order = [(row, col) for col in col_steps for row in row_steps]
     else:
         order = [(row, col) for row in row_steps for col in col_steps]
-    dhidden = _Sum(grads.hidden, len(col_steps), blocks.rows, blocks.tokens_inner, True, unscale)
-    dweight = _Sum(grads.weight, len(row_steps), blocks.cols, not blocks.tokens_inner, fresh, unscale)
+    shape = N, head.weight.shape[1]
+    dhidden = _Sum(grads.hidden, shape, len(col_steps), blocks.rows, blocks.tokens_inner, True, unscale)
+    shape = head.V, head.weight.shape[1]
+    dweight = _Sum(grads.weight, shape, len(row_steps), blocks.cols, not blocks.tokens_inner, fresh, unscale)
     size = min(blocks.rows, N), blocks.cols
     buffer = gradients = _Buffer(head, *size, head.logits_dtype)
     if head.logits_dtype != head.compute_dtype and (grads.hidden is not None or grads.weight is not None):
@@ -326,7 +340,7 @@ def form_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of the products in `store` [N, V], padded, and what takes a scale out of it again: in the same memory, but wide
     products have their gradient apart where it is `for_products` of its own."""
-    upstream, unscale = rescale(upstream, head.compute_dtype)
+    upstream, unscale = rescale(upstream, head)
     is_apart = for_products and head.logits_dtype != head.compute_dtype
     dlogits = torch.empty_like(store, dtype=head.compute_dtype) if is_apart else store
     _form_dlogits(head, store, dlogits, _from_column(targets, head.start), stats, upstream)
@@ -344,12 +358,12 @@ def multiply_out(
     fresh: bool = True,
 ) -> None:
     """Write into `grads` what `dlogits` [N, V], padded, of the rows `hidden[index]` come to, as `compute_gradients` does."""
-    N, V = dlogits.shape[0], head.V
+    N, V, D = dlogits.shape[0], head.V, head.weight.shape[1]
     if grads.hidden is not None:
-        _Sum(grads.hidden, 1, N, True, True, unscale).add(0, N, dlogits, head.columns(0, V).weight, True, True)
+        _Sum(grads.hidden, (N, D), 1, N, True, True, unscale).add(0, N, dlogits, head.columns(0, V).weight, True, True)
     if grads.weight is not None:
         rows = take(hidden, index, 0, N).to(head.compute_dtype)
-        _Sum(grads.weight, 1, V, True, fresh, unscale).add(0, V, dlogits[:, :V].T, rows, True, True)
+        _Sum(grads.weight, (V, D), 1, V, True, fresh, unscale).add(0, V, dlogits[:, :V].T, rows, True, True)
     add_column_sums(grads.bias, dlogits[:, :V], unscale)
 
 
@@ -373,39 +387,61 @@ def add_column_sums(dbias: Tensor | None, dlogits: Tensor, unscale: Tensor | Non
 
 
 class _Sum:
-    """The sum of one gradient over blocks: made in `out` itself, or in float32 beside it where `out` is narrow.
+    """The sum of one gradient [rows, D] over blocks: made in `out` itself; or beside it, in float32 where `out` is narrow.
 
-    `products`: of how many a row of `out` is the sum. `step`: rows of `out` in a block; unless the float32 sum is `whole`, the
-    blocks of one step follow each other. Not `fresh`: the sum is added to what `out` holds. `out` may be None: nothing is made.
+    `products`: of how many a row of `out` is the sum. `step`: rows of `out` in a block; unless several products are summed for the
+    `whole` of it at a time, the blocks of one step follow each other. Not `fresh`: the sum is added to what `out` holds. `out` may
+    be None: nothing is made.
     """
 
-    def __init__(self, out: Tensor | None, products: int, step: int, whole: bool, fresh: bool, unscale: Tensor | None):
-        self.out, self.whole, self.fresh, self.unscale = out, whole, fresh, unscale
-        self.wide: Tensor | None = None
-        if out is not None and out.dtype in _NARROW and (products > 1 or unscale is not None):
-            rows = out.shape[0] if whole else min(step, out.shape[0])
-            self.wide = out.new_empty(rows, out.shape[1], dtype=torch.float32)
+    def __init__(
+        self,
+        out: Tensor | Scattered | None,
+        shape: tuple[int, int],
+        products: int,
+        step: int,
+        whole: bool,
+        fresh: bool,
+        unscale: Tensor | None,
+    ):
+        self.out, self.fresh, self.unscale = out, fresh, unscale
+        self.whole = whole and products > 1
+        self.beside: Tensor | None = None
+        self.size = shape[0] if self.whole else min(step, shape[0]), shape[1]
+        if out is not None:
+            is_sum = products > 1 or unscale is not None
+            self.dtype = accumulate_dtype(out.dtype) if is_sum else out.dtype
+            self.is_beside = isinstance(out, Scattered) or self.dtype != out.dtype
 
     def add(self, start: int, stop: int, a: Tensor, b: Tensor, first: bool, last: bool) -> None:
         """Add a @ b to the rows from start to stop, `first` and `last` of their products."""
         if self.out is None:
             return
-        out = self.out[start:stop]
-        if self.wide is None:
-            add_product(out, a, b, first and self.fresh, self.unscale)
+        if not self.is_beside:
+            assert isinstance(self.out, Tensor)
+            add_product(self.out[start:stop], a, b, first and self.fresh, self.unscale)
             return
-        total = self.wide[start:stop] if self.whole else self.wide[: stop - start]
+        if self.beside is None:
+            self.beside = a.new_empty(self.size, dtype=self.dtype)
+        total = self.beside[start:stop] if self.whole else self.beside[: stop - start]
         add_product(total, a, b, first, self.unscale)
-        if last:
+        if not last:
+            return
+        if isinstance(self.out, Scattered):
+            self.out.write(start, stop, total)
+        else:
+            out = self.out[start:stop]
             out.copy_(total) if self.fresh else out.add_(total)
 
 
-def rescale(upstream: Upstream, dtype: torch.dtype) -> tuple[Upstream, Tensor | None]:
-    """For float16: times a power of two that brings the largest near one, where it keeps its digits; and that power's inverse."""
-    if dtype != torch.float16:
+def rescale(upstream: Upstream, head: Head) -> tuple[Upstream, Tensor | None]:
+    """For float16: times a power of two that brings the largest dlogits near 1024, where the small ones keep their digits too and
+    sums of upstream gradients do not overflow; and that power's inverse."""
+    if head.compute_dtype != torch.float16:
         return upstream, None
-    largest = torch.stack([g.abs().max() for g in upstream if g is not None]).max()
-    exponent = torch.where(largest > 0, torch.frexp(largest)[1], 0).clamp(-120, 120)
+    slope = abs(head.transform.logit_scale) / head.transform.temperature
+    largest = slope * torch.stack([g.abs().max() for g in upstream if g is not None]).max()
+    exponent = torch.where(largest > 0, torch.frexp(largest)[1] - 10, 0).clamp(-120, 120)
     scale = torch.ldexp(torch.ones_like(largest), -exponent)
     return Upstream(*(None if g is None else g * scale for g in upstream)), 1 / scale
 

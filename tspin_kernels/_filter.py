@@ -25,6 +25,7 @@ from tspin_kernels._blocks import (
     Gradients,
     Head,
     RowStats,
+    Scattered,
     Upstream,
     add_column_sums,
     form_gradient,
@@ -78,13 +79,15 @@ def _most_kept(V: int, device: torch.device) -> int:
     return V // _ENTRY_COST.get(device.type, _ENTRY_COST_ELSEWHERE)
 
 
-def filter_bytes(head: Head, device: torch.device) -> tuple[int, int]:
-    """Bytes that filtering takes beside the store: of a call, and of each of its rows."""
+def filter_bytes(head: Head, device: torch.device, dhidden: torch.dtype | None) -> tuple[int, int]:
+    """Bytes that filtering takes beside the store: of a call, and of each of its rows, whose gradient is a `dhidden`."""
     V, D, is_narrow = head.widest, head.weight.shape[1], head.compute_dtype.itemsize < 4
     # PyTorch sums in the dtype of what it sums, rows of the weight and its gradient both.
     widened = 8 * V * D if is_narrow and head.rows is _rows_torch else 0
+    # Gradients of all rows, and of the dense ones.
+    row = 0 if dhidden is None else 2 * D * dhidden.itemsize
     # Place and value of an entry, and both again in the order of rows and of columns.
-    return widened, sparse_module(head.rows).SCRATCH + 72 * _most_kept(V, device)
+    return widened, row + sparse_module(head.rows).SCRATCH + 72 * _most_kept(V, device)
 
 
 @without_autocast
@@ -104,10 +107,13 @@ def compute_filtered_gradients(
 ) -> None:
     """`compute_gradients` within a tolerance, from the products in `store` [N, V], padded, which is destroyed.
 
-    Row i of `grads.hidden` [N, D] is written, and the gradient of the weight; not `fresh`: that is added. The bias' is always
-    added. `live` [N]: which rows have a gradient.
+    `grads.hidden` is `Scattered`. The gradient of the weight is written; not `fresh`: added. The bias' is always added. `live` [N]:
+    which rows have a gradient.
     """
     V, device, sparse = head.V, store.device, sparse_module(head.rows)
+    into, dhidden = grads.hidden, None
+    if isinstance(into, Scattered):
+        dhidden = hidden.new_empty(store.shape[0], hidden.shape[1], dtype=into.dtype)
     # In place: columns are chosen by what is not yet rounded.
     store, unscale = form_gradient(head, store, targets, stats, upstream, for_products=False)
     if grads.bias is not None:
@@ -127,20 +133,21 @@ def compute_filtered_gradients(
     row, place = (torch.arange(columns.shape[1], device=device) < lengths.unsqueeze(1)).nonzero(as_tuple=True)
     rows, n = counts.read()
     columns, values = columns[row, place], values[row, place]
-    if grads.hidden is not None:
+    if dhidden is not None:
         starts = torch.nn.functional.pad(lengths.clamp(min=0).cumsum(0), (1, 0))
-        sparse.segment_sums(grads.hidden, starts, columns, values, head.weight, unscale, True)
+        sparse.segment_sums(dhidden, starts, columns, values, head.weight, unscale, True)
     dense = to_front(is_dense, n, store, head.rows)
     if report is not None:
         report.count(rows, n, n * V + columns.shape[0], V)
     if n:
-        dhidden = None if grads.hidden is None else grads.hidden.new_empty(n, grads.hidden.shape[1])
-        gradients = Gradients(dhidden, grads.weight, None)
+        of_dense = None if dhidden is None else dhidden.new_empty(n, hidden.shape[1])
         dlogits = store[:n].to(head.compute_dtype)
-        multiply_out(head, hidden, index[dense], dlogits, unscale, gradients, fresh)
-        if grads.hidden is not None and dhidden is not None:
-            grads.hidden[dense] = dhidden
+        multiply_out(head, hidden, index[dense], dlogits, unscale, Gradients(of_dense, grads.weight, None), fresh)
+        if dhidden is not None:
+            dhidden[dense] = of_dense  # type: ignore
     if grads.weight is not None:
         order = columns.argsort(stable=True)
         starts = torch.searchsorted(columns[order], torch.arange(V + 1, device=device, dtype=columns.dtype))
         sparse.segment_sums(grads.weight, starts, index[row[order]], values[order], hidden, unscale, fresh and not n)
+    if isinstance(into, Scattered):
+        into.write(0, store.shape[0], dhidden)  # type: ignore

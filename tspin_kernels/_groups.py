@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from tspin_kernels._blocks import (
+    PRODUCT_BYTES,
     Gradients,
     Head,
+    Scattered,
     Upstream,
     compute_gradients,
     compute_stats,
@@ -88,6 +90,7 @@ class Call(NamedTuple):
     normalizer: float | Tensor
     entropy: str | bool
     budget: int
+    with_grad: bool  # whether autograd is on where the op was called
     filter_tolerance: float | None = None
     filter_report: FilterReport | None = None
 
@@ -144,15 +147,15 @@ class _HiddenGradient:
             # Of each selected row, its place among the shared ones, or -1.
             self.slots = torch.where(is_shared, is_shared.cumsum(0) - 1, -1)[inverse]
 
-    def add(self, selected: Tensor | slice, index: Tensor, part: Tensor) -> None:
-        """Add the gradients `part` of the `selected` rows that count, which are the hidden rows `index`."""
-        if not self.may_repeat:
-            self.total.index_copy_(0, index, part)
-        elif self.slots is None:
+    def add(self, selected: Tensor, index: Tensor, start: int, stop: int, part: Tensor) -> None:
+        """Add the gradients `part` of the rows `selected[start:stop]` that count, the hidden rows `index[start:stop]`."""
+        selected, index = selected[start:stop], index[start:stop]
+        if self.may_repeat and self.slots is None:
             self.total.index_put_((index,), part, accumulate=True)
-        else:
-            # What it writes into shared rows is overwritten in the end.
-            self.total.index_copy_(0, index, part)
+            return
+        self.total.index_copy_(0, index, part.to(self.total.dtype))
+        if self.slots is not None:
+            # What was written into shared rows is overwritten in the end.
             slots = self.slots[selected]
             several = (slots >= 0).nonzero().squeeze(1)
             self.shared.index_put_((slots[several],), part[several].float(), accumulate=True)
@@ -191,21 +194,26 @@ def _pack(per_group: list[int], max_rows: int) -> list[Range] | None:
 
 
 def group_blocks(
-    head: Head, hidden: Tensor, rows: Rows, wanted: list[bool], budget: int, filtered: bool = False
+    head: Head,
+    hidden: Tensor,
+    rows: Rows,
+    dtypes: tuple[torch.dtype | None, torch.dtype | None],
+    budget: int,
+    filtered: bool = False,
 ) -> list[Range] | None:
-    """Ranges of groups whose logits fit; None where one group is too large, and the call takes two passes."""
-    fixed, per_row = filter_bytes(head, hidden.device) if filtered else (0, 0)
-    budget -= fixed
-    dtypes = [t.dtype if needed else None for t, needed in zip((hidden, head.weight), wanted)]
-    sizes = partial(head.sizes, hidden=hidden, gathered=True, dhidden=dtypes[0], dweight=dtypes[1])
-    N, V = rows.index.shape[0], head.widest
-    if sizes(N).total(N, V) + N * per_row <= budget:
+    """Ranges of groups whose logits fit beside their gradients in `hidden` and weight, of `dtypes`; None where one group is too
+    large, and the call takes two passes."""
+    N, V, D = rows.index.shape[0], head.widest, head.weight.shape[1]
+    fixed, per_row = filter_bytes(head, hidden.device, dtypes[0]) if filtered else (0, 0)
+    sizes = head.sizes(N, hidden, *dtypes, gathered=True, scattered=not filtered)
+    if sizes.total(N, V) + fixed + N * per_row <= budget:
         return [Range(0, rows.groups, N)]
-    D, one = head.weight.shape[1], sizes(1)
+    fixed += V * sizes.col_bytes
     # Several blocks sum the weight's gradient in float32, taken a few columns at a time.
-    accumulator = 4 * D * V if one.dweight == "narrow" else 0
-    max_rows = (budget - accumulator - V * one.col_bytes) // max(1, V * one.logit_bytes + one.row_bytes + per_row)
-    return _pack(rows.per_group(), max_rows)
+    if sizes.dweight == "narrow":
+        fixed += 4 * D * V + min(PRODUCT_BYTES, 4 * D * V)
+    per_row += V * sizes.logit_bytes + sizes.row_bytes + sizes.hidden_bytes(1, V)
+    return _pack(rows.per_group(), (budget - fixed) // per_row)
 
 
 def run_groups(
@@ -214,14 +222,15 @@ def run_groups(
     # Loss, statistics and gradients; the gradients of `hidden` rows are summed where a row serves several targets.
     filtered = call.filter_tolerance is not None
     with_entropy = call.entropy is not False
-    ranges = group_blocks(head, hidden, rows, wanted, call.budget, filtered) if any(wanted) else None
     V, D, group_size = head.V, head.weight.shape[1], rows.lengths.shape[1]
-    dtype = accumulate_dtype(head.compute_dtype)
+    dtype, is_half = accumulate_dtype(head.compute_dtype), head.compute_dtype == torch.float16
+    # A float16 gradient waits in float32 for its scale; what ranks sum is not rounded before.
+    hidden_dtype = dtype if is_half or head.shard is not None else hidden.dtype
+    dtypes = hidden_dtype if wanted[0] else None, head.weight.dtype if wanted[1] else None
+    ranges = group_blocks(head, hidden, rows, dtypes, call.budget, filtered) if any(wanted) else None
     one_pass = ranges is not None
-    # Several blocks, or a float16 gradient that waits for its scale, are summed in float32.
-    is_sum = ranges is not None and len(ranges) > 1
-    wide = dtype if head.compute_dtype == torch.float16 or is_sum else None
-    hidden_dtype = dtype if head.compute_dtype == torch.float16 or head.shard is not None else hidden.dtype
+    # Several blocks are summed in float32.
+    wide = dtype if is_half or (ranges is not None and len(ranges) > 1) else None
     hidden_gradient = _HiddenGradient(hidden, rows, hidden_dtype) if wanted[0] else None
     # Written by the first block of rows, or added to.
     grads = Gradients(
@@ -231,7 +240,6 @@ def run_groups(
     )
     parts: list[tuple[Tensor, SequenceStats]] = []
     start, fresh = 0, True
-    dtypes = [t.dtype if needed else None for t, needed in zip((hidden, head.weight), wanted)]
     if one_pass:
         # Once for all blocks, where their weight is the whole one.
         head = head.columns(0, V)
@@ -240,7 +248,9 @@ def run_groups(
         start += n
         index, targets = rows.index[block], rows.targets[block]
         store = hidden.new_empty(n, head.padded(V), dtype=head.logits_dtype) if one_pass else None
-        blocks = Blocks(max(1, n), V) if one_pass else plan_blocks(head.sizes(n, hidden, True, *dtypes), call.budget)
+        blocks = Blocks(max(1, n), V)
+        if not one_pass:
+            blocks = plan_blocks(head.sizes(n, hidden, *dtypes, gathered=True, scattered=True), call.budget)
         stats = compute_stats(head, hidden, index, targets, blocks, with_entropy, store)
         lengths = rows.lengths[g0:g1]
         logprobs = sum_sequences(stats.logprobs, lengths.reshape(-1)).view(-1, group_size)
@@ -250,7 +260,10 @@ def run_groups(
         sequences = SequenceStats(logprobs, entropy, lengths)
         inputs = [tensor[g0:g1] for tensor in call.group_inputs]
         if not any(wanted):
-            parts.append((group_losses(call.loss_fn, sequences, inputs), sequences))
+            with torch.set_grad_enabled(call.with_grad):
+                losses = group_losses(call.loss_fn, sequences, inputs)
+            _refuse_captured(losses, [])
+            parts.append((losses, sequences))
             continue
         losses, dlogprobs, dentropy = _coefficients(call.loss_fn, sequences, inputs, call.entropy == "grad")
         parts.append((losses, sequences))
@@ -260,7 +273,7 @@ def run_groups(
         upstream = Upstream(
             *(None if d is None else (d / call.normalizer).reshape(-1)[local].to(dtype) for d in (dlogprobs, dentropy))
         )
-        selected: Tensor | slice = block
+        selected = torch.arange(block.start, block.stop, device=hidden.device)
         live, dlogits, unscale = _live_rows(upstream), None, None
         if store is None or not filtered:
             # All dlogits are on their way before the host asks how many rows count: to ask costs a GPU nothing.
@@ -278,8 +291,10 @@ def run_groups(
                 else:
                     targets, stats, upstream = targets[places], stats.take(places), upstream.take(places)
         count = index.shape[0]
-        dhidden = hidden.new_empty(count, D, dtype=hidden_dtype) if hidden_gradient else None
-        block_grads = Gradients(dhidden, grads.weight, grads.bias)
+        block_grads = Gradients(None, grads.weight, grads.bias)
+        if hidden_gradient is not None:
+            put = partial(hidden_gradient.add, selected, index)
+            block_grads = block_grads._replace(hidden=Scattered(put, hidden_dtype))
         if store is None:
             compute_gradients(head, hidden, index, targets, stats, upstream, blocks, block_grads, fresh)
         elif dlogits is not None:
@@ -303,8 +318,6 @@ def run_groups(
         if store is None and call.filter_report is not None:
             call.filter_report.count(count, count, count * V, V)
         fresh = False
-        if hidden_gradient is not None and dhidden is not None:
-            hidden_gradient.add(selected, index, dhidden)
     if fresh and grads.weight is not None:
         grads.weight.zero_()
     losses = torch.cat([losses for losses, _ in parts])

@@ -3,10 +3,12 @@
 Dimensions: N tokens, D hidden width, V vocabulary, S sequences, G groups.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 ENTROPY_MODES = ("grad", "value", False)
 
@@ -42,14 +44,19 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     if hidden.dtype != weight.dtype:
-        raise ValueError(
-            f"weight: want the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast one of them, or call under torch.autocast"
-        )
+        remedy = "cast one of them" + ("" if hidden.dtype == torch.float64 else ", or call under torch.autocast")
+        raise ValueError(f"weight: want the dtype of hidden, {hidden.dtype}, got {weight.dtype}; {remedy}")
     return hidden.dtype
 
 
 def check_inputs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, transform: LogitTransform, entropy: str | bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    entropy: str | bool,
+    empty_weight: bool = False,
 ) -> None:
     """Raise ValueError for wrong shapes, dtypes, devices and constants. Reads no tensor data."""
     if hidden.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -62,23 +69,59 @@ def check_inputs(
         raise ValueError(
             f"weight: want [V, {hidden.shape[-1]}] to fit hidden {list(hidden.shape)}, got [{V}, {D}]{hint}"
         )
-    if V == 0 or D == 0:
+    if (V == 0 and not empty_weight) or D == 0:
         raise ValueError(f"weight: want at least one row and one column, got [{V}, {D}]")
     if bias is not None and tuple(bias.shape) != (V,):
         raise ValueError(f"bias: want [{V}], one per row of weight, got {list(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name}: want a floating dtype, got {tensor.dtype}; dequantize it first")
     if targets.dtype != torch.int64:
         raise ValueError(f"targets: want int64, got {targets.dtype}; use targets.long()")
-    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
+    check_devices(hidden, weight=weight, targets=targets, bias=bias)
+    if not 0 < transform.temperature < math.inf:
+        raise ValueError(f"temperature: want a positive number, got {transform.temperature}")
+    if not -math.inf < transform.logit_scale < math.inf:
+        raise ValueError(f"logit_scale: want a number, got {transform.logit_scale}")
+    if transform.softcap is not None and not 0 < transform.softcap < math.inf:
+        raise ValueError(f"softcap: want a positive number or None, got {transform.softcap}")
+    if entropy not in ENTROPY_MODES:
+        raise ValueError(f"entropy: want 'grad', 'value' or False, got {entropy!r}")
+
+
+def check_devices(hidden: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError for a tensor that lies elsewhere than `hidden`."""
+    for name, tensor in others.items():
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(
                 f"{name}: want the device of hidden, {hidden.device}, got {tensor.device}; move one of them"
             )
-    if not transform.temperature > 0:
-        raise ValueError(f"temperature: want a positive number, got {transform.temperature}")
-    if transform.softcap is not None and not transform.softcap > 0:
-        raise ValueError(f"softcap: want a positive number or None, got {transform.softcap}")
-    if entropy not in ENTROPY_MODES:
-        raise ValueError(f"entropy: want 'grad', 'value' or False, got {entropy!r}")
+
+
+def check_budget(memory_budget: int | None, default: int) -> int:
+    """The bytes of a budget, or the default. Raises ValueError."""
+    if memory_budget is None:
+        return default
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int | torch.SymInt):
+        raise ValueError(f"memory_budget: want an int, bytes, got {memory_budget!r}")
+    return memory_budget
+
+
+def refuse_lost_derivatives(hidden: Tensor, weight: Tensor, bias: Tensor | None, **constants: float | None) -> None:
+    """Raise for derivatives that would be missing without a word: in constants of the transform, and in forward mode."""
+    for name, value in constants.items():
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: want a number, got a tensor that requires grad, which would get none; pass {name}.item(), "
+                "or use backend='reference'"
+            )
+    if forward_ad._current_level >= 0:
+        for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(
+                    f"{name}: want a tensor without tangent, got one of forward-mode differentiation, of which these ops have "
+                    "none; use reverse mode, or backend='reference'"
+                )
 
 
 class HostCopy:

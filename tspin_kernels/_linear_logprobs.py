@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tspin_kernels._inputs import LogitTransform, TokenLogprobs, check_inputs, compute_dtype
+from tspin_kernels._inputs import (
+    LogitTransform,
+    TokenLogprobs,
+    check_budget,
+    check_inputs,
+    compute_dtype,
+    refuse_lost_derivatives,
+)
 from tspin_kernels._plan import DEFAULT_BUDGET
 from tspin_kernels._reference import linear_logprobs_reference
 from tspin_kernels._token_ops import forward_op
@@ -77,11 +84,12 @@ def linear_logprobs(
 
     Returns:
         TokenLogprobs(logprobs, entropy, logsumexp), each of the shape of `targets`, float32 (float64 for float64), nats, 0 where
-        ignored. A row with nan in `hidden` is nan. Differentiable once: a second derivative raises. Under the store plan the
-        backward runs once, and a second (`retain_graph=True`) raises.
+        ignored. A row with nan in `hidden` is nan. Differentiable once and in reverse mode: a second derivative raises, as does
+        forward mode. Under the store plan the backward runs once, and a second (`retain_graph=True`) raises.
 
     Raises:
-        ValueError: wrong shapes, dtypes, devices or constants; a budget too small for one block (it names the least).
+        ValueError: wrong shapes, dtypes, devices or constants, or constants that require grad; a budget too small for one block
+            (it names the least).
     """
     if backend == "reference":
         refuse_with_reference(grad_buffer=grad_buffer, process_group=process_group)
@@ -97,8 +105,10 @@ def linear_logprobs(
             entropy=entropy,
             logits_dtype=logits_dtype,
         )
-    transform = LogitTransform(float(logit_scale), softcap, float(temperature))
-    check_inputs(hidden, weight, targets, bias, transform, entropy)
+    constants = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+    refuse_lost_derivatives(hidden, weight, bias, **constants)
+    transform = LogitTransform(float(logit_scale), None if softcap is None else float(softcap), float(temperature))
+    check_inputs(hidden, weight, targets, bias, transform, entropy, empty_weight=process_group is not None)
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets: want {list(hidden.shape[:-1])}, one per row of hidden, got {list(targets.shape)}")
     if grad_buffer is not None:
@@ -113,7 +123,7 @@ def linear_logprobs(
         targets.reshape(-1),
         grad_buffer,
         ignore_index,
-        [transform.logit_scale, softcap or 0.0, transform.temperature],
+        [transform.logit_scale, transform.softcap or 0.0, transform.temperature],
         *dtypes,
         entropy is not False,
         [
@@ -121,7 +131,7 @@ def linear_logprobs(
             grad and weight.requires_grad,
             grad and bias is not None and bias.requires_grad,
         ],
-        DEFAULT_BUDGET if memory_budget is None else memory_budget,
+        check_budget(memory_budget, DEFAULT_BUDGET),
         not torch.compiler.is_compiling(),
         backend,
         "" if process_group is None else process_group.group_name,

@@ -19,7 +19,8 @@ class Sizes:
 
     `dhidden` and `dweight` say how a gradient is summed over blocks: "direct" into its result, "wide" into its float32 result
     from narrow products (one product's worth of float32 beside it), "narrow" by a float32 accumulator, None: not wanted.
-    `always_sum`: the accumulator is needed even for a single block (float16, which is rescaled on the way).
+    `always_sum`: the accumulator is needed even for a single block (float16, which is rescaled on the way). `scattered`: bytes of
+    an element of dhidden where its rows go to other places as they are done, so that blocks cannot be summed there.
     """
 
     N: int
@@ -31,27 +32,29 @@ class Sizes:
     always_sum: bool = False
     row_bytes: int = 0  # copies of operands that a block makes, per token
     col_bytes: int = 0  # and per vocabulary column
+    scattered: int = 0
 
     def total(self, rows: int, cols: int) -> int:
         """Bytes of one block of logits and of all that its products and sums need."""
-        # The longer axis is the outer loop, so that only the shorter axis' gradient is held whole.
-        tokens_inner = self.N <= self.V
-        summed_rows = self.N if tokens_inner else rows
-        summed_cols = cols if tokens_inner else self.V
         return (
             rows * cols * self.logit_bytes
             + rows * self.row_bytes
             + cols * self.col_bytes
-            + self._sum_bytes(self.dhidden, rows, summed_rows, several=cols < self.V)
-            + self._sum_bytes(self.dweight, cols, summed_cols, several=rows < self.N)
+            + self.hidden_bytes(rows, cols)
+            + self._sum_bytes(self.dweight, cols, self.V if self.N > self.V else cols, several=rows < self.N)
         )
 
-    def _sum_bytes(self, how: str | None, product: int, summed: int, several: bool) -> int:
-        if how == "wide":
-            return 4 * self.D * product
+    def hidden_bytes(self, rows: int, cols: int) -> int:
+        """Of them, those of the sums of dhidden."""
+        several = cols < self.V
+        # The longer axis is the outer loop, so that only the shorter axis' gradient is held whole.
+        summed = self.N if several and self.N <= self.V else rows
+        return self._sum_bytes(self.dhidden, rows, summed, several, self.scattered)
+
+    def _sum_bytes(self, how: str | None, product: int, summed: int, several: bool, scattered: int = 0) -> int:
         if how == "narrow" and (several or self.always_sum):
             return 4 * self.D * (product + summed)
-        return 0
+        return self.D * ((4 * product if how == "wide" else 0) + (scattered * summed if how else 0))
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,8 @@ def plan_blocks(sizes: Sizes, budget: int) -> Blocks:
             break
         parts += max(1, parts // 4)
     if best is None:
-        least = sizes.total(min(N, _MIN_ROWS), min(V, _MIN_COLS))
-        least = min(least, sizes.total(min(N, _MIN_ROWS), V), sizes.total(N, min(V, _MIN_COLS)))
+        few_rows, few_cols = min(N, _MIN_ROWS), min(V, _MIN_COLS)
+        least = min(sizes.total(rows, cols) for rows in (few_rows, N) for cols in (few_cols, V))
         raise ValueError(
             f"memory_budget: want at least {least} bytes for {N} tokens, V={V}, D={sizes.D}, got {budget}; "
             "raise it or pass fewer tokens"

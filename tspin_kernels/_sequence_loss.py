@@ -16,13 +16,20 @@ from torch import Tensor
 from tspin_kernels._blocks import Head, rows_module
 from tspin_kernels._filter import FilterReport
 from tspin_kernels._groups import Call, Rows, check_rows, run_groups, select_rows
-from tspin_kernels._inputs import LogitTransform, check_inputs, check_targets_in_range
+from tspin_kernels._inputs import (
+    LogitTransform,
+    check_budget,
+    check_devices,
+    check_inputs,
+    check_targets_in_range,
+    refuse_lost_derivatives,
+)
 from tspin_kernels._linear_logprobs import product_dtypes, refuse_with_reference
 from tspin_kernels._losses import tspin_loss
 from tspin_kernels._plan import DEFAULT_BUDGET
 from tspin_kernels._reference import linear_logprobs_reference
 from tspin_kernels._sequences import LossFn, SequenceStats, check_groups, sequence_loss
-from tspin_kernels._shards import find_shard
+from tspin_kernels._shards import gather_widths, place_shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -131,8 +138,11 @@ def linear_sequence_loss(
         ValueError: wrong shapes, dtypes, devices, constants; a loss of the wrong shape, or one that captures a tensor that
             requires grad; a budget too small for one block; ids or rows out of range, told by a GPU once its work is queued.
     """
-    transform = LogitTransform(float(logit_scale), softcap, float(temperature))
-    check_inputs(hidden, weight, targets, bias, transform, entropy)
+    if backend != "reference":
+        constants = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+        refuse_lost_derivatives(hidden, weight, bias, **constants)
+    transform = LogitTransform(float(logit_scale), None if softcap is None else float(softcap), float(temperature))
+    check_inputs(hidden, weight, targets, bias, transform, entropy, empty_weight=process_group is not None)
     flat, targets, ids = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), sequence_ids.reshape(-1)
     N = targets.shape[0]
     if rows is None and flat.shape[0] != N:
@@ -143,10 +153,18 @@ def linear_sequence_loss(
         rows = rows.reshape(-1)
         if rows.dtype != torch.int64 or rows.shape[0] != N:
             raise ValueError(f"rows: want {N} int64, one per target, got {list(rows.shape)} {rows.dtype}")
+    if isinstance(group_inputs, Tensor):
+        raise ValueError("group_inputs: want a sequence of tensors, got a tensor; pass (tensor,)")
+    others = {f"group_inputs[{i}]": tensor for i, tensor in enumerate(group_inputs)}
+    check_devices(hidden, sequence_ids=sequence_ids, rows=rows, **others)
     verify_rows = check_rows(rows, flat.shape[0])
     num_groups, verify_ids = check_groups(ids, N, group_size, group_inputs, num_groups)
-    if isinstance(normalizer, Tensor) and normalizer.requires_grad:
-        raise ValueError("normalizer: want a constant, got a tensor that requires grad; detach it")
+    if isinstance(normalizer, Tensor):
+        if normalizer.requires_grad:
+            raise ValueError("normalizer: want a constant, got a tensor that requires grad; detach it")
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer: want a number or a tensor [], got {list(normalizer.shape)}")
+        normalizer = normalizer.reshape(()).to(hidden.device)
     if filter_tolerance is not None and not 0 <= filter_tolerance <= 1:
         raise ValueError(f"filter_tolerance: want a number from 0 to 1, or None, got {filter_tolerance}")
     if filter_report is not None and filter_tolerance is None:
@@ -181,7 +199,7 @@ def linear_sequence_loss(
             normalizer=normalizer,
         )
     dtypes = product_dtypes(hidden, weight, logits_dtype, backend)
-    budget = DEFAULT_BUDGET if memory_budget is None else memory_budget
+    budget = check_budget(memory_budget, DEFAULT_BUDGET)
     grad = torch.is_grad_enabled()
     wanted = [grad and t is not None and t.requires_grad for t in (flat, weight, bias)]
     shard = None
@@ -193,7 +211,7 @@ def linear_sequence_loss(
             "filter_tolerance": filter_tolerance is not None,
             "hidden, weight or bias: requires_grad": sum(wanted),
         }
-        shard = find_shard(process_group, weight.shape[0], flat.device, shared)
+        shard = place_shard(process_group, gather_widths(process_group, weight.shape[0], flat.device, shared))
     head = Head(
         weight.detach(),
         None if bias is None else bias.detach().contiguous(),
@@ -210,6 +228,7 @@ def linear_sequence_loss(
         max(1, num_groups) if normalizer is None else normalizer,
         entropy,
         budget,
+        grad,
         filter_tolerance,
         filter_report,
     )

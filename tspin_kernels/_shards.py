@@ -58,15 +58,23 @@ class Shard:
         return values
 
 
-def find_shard(group: "ProcessGroup", columns: int, device: torch.device, shared: dict[str, int]) -> Shard:
-    """This rank's place in the vocabulary. Every rank must call; raises ValueError, on all of them, if `shared` differs."""
+def gather_widths(group: "ProcessGroup", columns: int, device: torch.device, shared: dict[str, int]) -> list[int]:
+    """How many columns each rank has. Every rank must call; raises ValueError, on all of them, where one has none or `shared`
+    differs."""
     sent = torch.tensor([columns, *shared.values()], device=device)
     parts = [torch.empty_like(sent) for _ in range(group.size())]
     dist.all_gather(parts, sent, group=group)
     widths, *others = torch.stack(parts, 1).tolist()
+    if min(widths) == 0:
+        raise ValueError(f"weight: want at least one row on every rank of process_group, got {widths}")
     for name, values in zip(shared, others, strict=True):
         if len(set(values)) > 1:
             raise ValueError(f"{name}: want the same on every rank of process_group, got {values}")
+    return widths
+
+
+def place_shard(group: "ProcessGroup", widths: list[int]) -> Shard:
+    """This rank's place in the vocabulary."""
     rank = group.rank()
     start = sum(widths[:rank])
-    return Shard(group, start, start + columns, sum(widths), max(widths))
+    return Shard(group, start, start + widths[rank], sum(widths), max(widths))

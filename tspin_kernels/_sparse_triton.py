@@ -227,7 +227,9 @@ def segment_sums(
     out: Tensor, starts: Tensor, index: Tensor, values: Tensor, operand: Tensor, factor: Tensor | None, fresh: bool
 ) -> None:
     S, D = out.shape
-    assert out.stride(1) == operand.stride(1) == 1
+    assert out.stride(1) == 1
+    if operand.stride(1) != 1:
+        operand = operand.contiguous()
     block = min(_SUM_BLOCK, triton.next_power_of_2(D))
     if S:
         with torch.cuda.device_of(out):

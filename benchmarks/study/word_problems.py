@@ -4,8 +4,9 @@
     python -m benchmarks.study.word_problems table FOLDER/rows.jsonl
 
 Each call makes the initial policy of a seed, finishes whole arms of it while there is time, and leaves rows and pictures only; the
-next call goes on after the arms that have a row. Rates are tuned per method on validation numbers of a seed of its own, on a grid of
-half decades that grows while its first or last rate is the best; then three other seeds are run once. The initial policy is made anew by each call: rows carry its hash, and arms are compared within one.
+next call goes on after the arms that have a row. Rates are tuned per method on validation numbers of a seed of its own, on a grid
+of half decades that grows while its first or last rate is the best; then three other seeds are run once. The initial policy is
+made anew by each call: rows carry its hash, and arms are compared within one.
 """
 
 from __future__ import annotations

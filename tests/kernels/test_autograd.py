@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from tspin_kernels import linear_logprobs, linear_sequence_loss
 from tspin_kernels._blocks import rows_module
@@ -90,6 +91,38 @@ def test_a_second_backward_is_right_or_raises(fused, inputs, options, op):
             assert torch.allclose(3 * a, b, atol=1e-6)
     for a, b in zip(first, kept, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("moved", [torch.clone, lambda t: t], ids=["copied", "as they are"])
+def test_a_second_backward_raises_whatever_was_done_to_what_was_saved(fused, inputs, moved):
+    """Offloaded and brought back, the logits that the first backward used up look untouched."""
+    hidden, case = inputs
+    with torch.autograd.graph.saved_tensors_hooks(moved, lambda t: t):
+        loss = linear_logprobs(hidden, case.weight, case.targets, backend=fused.backend).logprobs.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"backward was called twice.*memory_budget"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("groups", [False, True], ids=["linear_logprobs", "linear_sequence_loss"])
+def test_forward_mode_raises(fused, inputs, groups):
+    """A tangent of zeros would be wrong."""
+    hidden, case = inputs
+    hidden, ids = hidden.detach(), torch.arange(8, device=fused.device) % 4
+
+    def op(hidden):
+        if groups:
+            args = hidden, case.weight, case.targets, ids, simpo
+            return linear_sequence_loss(*args, group_size=2, backend=fused.backend)[0]
+        return linear_logprobs(hidden, case.weight, case.targets, backend=fused.backend).logprobs
+
+    message = r"hidden.*tangent.*reverse mode"
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.jvp(op, (hidden,), (torch.ones_like(hidden),))
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match=message):
+            op(forward_ad.make_dual(hidden, torch.ones_like(hidden)))
+        op(hidden)
 
 
 @pytest.mark.parametrize("op", OPS)

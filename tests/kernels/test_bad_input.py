@@ -55,6 +55,8 @@ WRONG = [
     ("targets", torch.zeros(N, dtype=torch.int32), r"targets.*int64.*int32"),
     ("targets", torch.zeros(N - 1, dtype=torch.int64), r"targets.*\b6\b.*\b5\b"),
     ("bias", torch.zeros(V - 1), r"bias.*20.*19"),
+    ("bias", torch.zeros(V, dtype=torch.int64), r"bias.*floating.*int64"),
+    ("weight", torch.zeros(V, D, dtype=torch.int8), r"weight.*floating.*int8"),
     ("bias", torch.zeros(V, 1), r"bias"),
 ]
 
@@ -97,7 +99,33 @@ CONSTANTS = [
     ({"backend": "cuda"}, r"backend.*'triton'.*'torch'.*'reference'.*cuda"),
     ({"temperature": float("nan")}, r"temperature.*nan"),
     ({"softcap": float("nan")}, r"softcap.*nan"),
+    ({"softcap": float("inf")}, r"softcap.*inf"),
+    ({"temperature": float("inf")}, r"temperature.*inf"),
+    ({"logit_scale": float("nan")}, r"logit_scale.*nan"),
+    ({"logit_scale": float("-inf")}, r"logit_scale.*inf"),
 ]
+FUSED_CONSTANTS = [
+    ({"memory_budget": 2e9}, r"memory_budget: want an int, bytes, got 2000000000.0"),
+    ({"memory_budget": True}, r"memory_budget.*True"),
+    *(
+        ({name: torch.ones((), requires_grad=True)}, rf"{name}.*requires grad.*{name}.item")
+        for name in ("temperature", "logit_scale", "softcap")
+    ),
+]
+
+
+@pytest.mark.parametrize("changed, message", FUSED_CONSTANTS, ids=[str(*c) for c, _ in FUSED_CONSTANTS])
+def test_constants_that_only_plain_pytorch_takes(fused, changed, message):
+    case = make_case(N, V, D).to(fused.device)
+    options = {"backend": fused.backend, **changed}
+    with pytest.raises(ValueError, match=message):
+        linear_logprobs(case.hidden, case.weight, case.targets, **options)
+    with pytest.raises(ValueError, match=message):
+        ids = torch.arange(N, device=fused.device)
+        linear_sequence_loss(case.hidden, case.weight, case.targets, ids, simpo, group_size=2, **options)
+    if "memory_budget" not in changed:
+        with torch.no_grad():
+            linear_logprobs(case.hidden, case.weight, case.targets, **options)
 
 
 @pytest.mark.parametrize("changed, message", CONSTANTS, ids=[str(c) for c, _ in CONSTANTS])
@@ -149,6 +177,14 @@ def test_devices_must_agree(call, group):
                 op(**{name: value.to("meta")})
 
 
+def test_devices_of_sequences_must_agree(group, implementation):
+    ids = on(implementation, torch.arange(N))
+    for name, value in [("sequence_ids", ids), ("rows", ids), ("group_inputs", (torch.zeros(3, 2),))]:
+        elsewhere = tuple(t.to("meta") for t in value) if isinstance(value, tuple) else value.to("meta")
+        with pytest.raises(ValueError, match=rf"{name}.*device.*meta"):
+            group(num_groups=3, **{name: elsewhere})
+
+
 SEQUENCE_ARGUMENTS = [
     ({"sequence_ids": torch.arange(N - 1)}, r"sequence_ids.*6.*5"),
     ({"sequence_ids": torch.arange(N, dtype=torch.int32)}, r"sequence_ids.*int64.*int32"),
@@ -160,7 +196,10 @@ SEQUENCE_ARGUMENTS = [
     ({"group_inputs": (torch.zeros(2, 2),)}, r"group_inputs.*3.*2"),
     ({"group_inputs": (torch.tensor(1.0),)}, r"group_inputs"),
     ({"group_inputs": (torch.zeros(3, 2, requires_grad=True),)}, r"group_inputs.*grad"),
+    ({"group_inputs": torch.zeros(3, 2)}, r"group_inputs.*sequence"),
     ({"normalizer": torch.tensor(2.0, requires_grad=True)}, r"normalizer.*grad"),
+    ({"normalizer": torch.ones(2)}, r"normalizer.*\[2\]"),
+    ({"normalizer": torch.ones(3, 1)}, r"normalizer.*\[3, 1\]"),
 ]
 
 
@@ -226,6 +265,26 @@ def test_a_captured_tensor_that_requires_grad(fused, form):
         linear_sequence_loss(
             case.hidden.requires_grad_(), case.weight, case.targets, ids, loss_fn, group_size=2, backend=fused.backend
         )
+
+
+def test_a_captured_tensor_that_requires_grad_beside_nothing_else(fused):
+    """Not with a gradient of its own either; where no gradient is wanted it is a constant."""
+    case = make_case(N, V, D).to(fused.device)
+    scale = torch.full((), 2.0, device=fused.device, requires_grad=True)
+    ids = torch.arange(N, device=fused.device)
+    call = partial(
+        linear_sequence_loss, case.hidden, case.weight, case.targets, ids, group_size=2, backend=fused.backend
+    )
+    with pytest.raises(ValueError, match=r"loss_fn.*requires grad.*detach"):
+        call(lambda s: scale * simpo(s))
+    with torch.no_grad():
+        torch.testing.assert_close(call(lambda s: scale * simpo(s))[0], 2 * call(simpo)[0])
+
+
+def test_float64_is_not_told_of_autocast():
+    case = make_case(N, V, D)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"weight.*cast one of them$"):
+        linear_logprobs(case.hidden.double(), case.weight, case.targets)
 
 
 def test_linear_tspin_loss_needs_triplets(implementation):

@@ -403,3 +403,21 @@ def test_a_report_without_a_tolerance_raises():
 def test_the_reference_does_not_filter():
     with pytest.raises(ValueError, match="filter_tolerance: want None with backend='reference'"):
         evaluate(make_call(["peaked"]), torch.ones(1), None, filter_tolerance=0.1, backend="reference")
+
+
+def test_operands_of_any_strides(fused):
+    call = make_call(["peaked"] * 5 + ["flat"], dtype=torch.float32)
+    hidden, weight, *rest = (t.to(fused.device) for t in call)
+    everyother = torch.stack([hidden, -hidden], -1).flatten(-2)[:, ::2]
+    assert everyother.stride(1) == 2
+
+    def gradients(hidden, weight):
+        leaves = [t.detach().requires_grad_() for t in (hidden, weight)]
+        options = {"group_size": 1, "backend": fused.backend, "filter_tolerance": 1e-3}
+        linear_sequence_loss(*leaves, *rest, lambda s: s.logprobs[:, 0], **options)[0].backward()
+        return [leaf.grad for leaf in leaves]
+
+    want = gradients(hidden, weight)
+    for strided in ((hidden.T.contiguous().T, weight), (everyother, weight), (hidden, weight.T.contiguous().T)):
+        for a, b in zip(gradients(*strided), want, strict=True):
+            torch.testing.assert_close(a, b)

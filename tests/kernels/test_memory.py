@@ -3,6 +3,7 @@
 Counted by the profiler: registered ops hide their inner products from FlopCounterMode and every other dispatch mode.
 """
 
+import itertools
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from tspin_kernels import _blocks, _groups, _inputs, _rows_torch, _sequences, linear_logprobs, linear_sequence_loss
 from tspin_kernels._inputs import HostCopy
+from tspin_kernels._plan import Sizes, plan_blocks
 
 from .oracle import least_budget, make_case
 from .preferences import tspin
@@ -85,7 +87,7 @@ def test_flops_of_one_group_per_block(fused, case):
     """Groups that fit one by one still cost a single projection."""
     hidden, weight = leaves(case, "hidden", "weight")
     call = partial(groups, fused, hidden, weight, case)
-    one_group = 4 * (N // 2) * (V + D)
+    one_group = 4 * (N // 2) * (V + 2 * D)  # with the rows' gradient
     assert one_group < 4 * N * V
     assert product_flops(lambda: call(memory_budget=one_group).backward()) == 6 * N * V * D
 
@@ -246,6 +248,44 @@ def test_bytes_in_flight(fused, op, rows, columns, dtype):
     assert peak > gradients, "the profiler saw no allocations"
 
 
+@pytest.mark.parametrize("ignored", [0, 1, 700])
+@pytest.mark.parametrize("wanted", [("hidden", "weight"), ("hidden",)], ids=len)
+@pytest.mark.parametrize("plan", ["one block", "several blocks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_of_hidden_rows(fused, op, dtype, plan, wanted, ignored):
+    """As wide as the vocabulary: what is gathered of them, and what of their gradient is not yet in its place, is in the budget."""
+    if fused.interpreted:
+        pytest.skip("2048 rows are slow under Triton's interpreter; the plan is shared with the torch backend")
+    rows = columns = width = 1024
+    case = make_case(rows, columns, width, seed=3, dtype=dtype, bias=False).to(fused.device)
+    case.targets[:ignored] = -100
+    hidden, weight = leaves(case, *wanted)
+    call = partial(op, fused, hidden, weight, case)
+    least = least_budget(lambda budget: call(memory_budget=budget).backward())
+    budget = 64 * 2**20 if plan == "one block" else least + least // 8
+    peak = peak_bytes(lambda: call(memory_budget=budget).backward(), fused.device)
+    gradients = sum({"hidden": rows, "weight": columns}[name] * width * dtype.itemsize for name in wanted)
+    assert gradients < peak < gradients + budget + 200 * rows + bytes_of_tiles(fused, 0), f"{peak / 2**20:.1f} MiB"
+    if plan == "several blocks":
+        assert budget < 40 * 2**20
+
+
+@pytest.mark.parametrize("N, columns, width", [(100, 128, 4096), (5000, 64, 900), (17, 5001, 8), (1, 1, 1)])
+@pytest.mark.parametrize("dhidden", [None, "direct", "wide", "narrow"])
+@pytest.mark.parametrize("scattered", [0, 2, 4])
+def test_no_budget_below_the_one_that_is_named_would_do(N, columns, width, dhidden, scattered):
+    for dweight, always_sum in itertools.product((None, "direct", "wide", "narrow"), (False, True)):
+        sizes = Sizes(N, columns, width, 2, dhidden, dweight, always_sum, scattered=scattered)
+        with pytest.raises(ValueError, match="at least") as error:
+            plan_blocks(sizes, 0)
+        least = int(str(error.value).split("at least ")[1].split()[0])
+        blocks = plan_blocks(sizes, least)
+        assert sizes.total(blocks.rows, blocks.cols) <= least <= sizes.total(max(1, N), columns)
+        for less in (1, 64, 1000):
+            with pytest.raises(ValueError, match="at least"):
+                plan_blocks(sizes, least - less)
+
+
 @pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=str)
 def test_bytes_of_wide_logits(fused, op, logits_dtype):
     """A budget of many tiles, of which the narrow gradient beside float32 logits is a fifth or more, and CPUs widen all logits."""
@@ -274,7 +314,7 @@ def test_products_start_and_end_where_a_gpu_loads_whole_vectors(monkeypatch):
     linear_logprobs(hidden, weight, torch.arange(5))
     assert widths == [(5, 136)]
     widths.clear()
-    monkeypatch.setattr(_blocks, "_PRODUCT_BYTES", 4 * 8 * 1000)
+    monkeypatch.setattr(_blocks, "PRODUCT_BYTES", 4 * 8 * 1000)
     out = torch.empty(1500, 8)
     a = torch.randn(1500, 5).bfloat16()
     _blocks.add_product(out, a, hidden, True, None)

@@ -169,3 +169,38 @@ def test_float16_logprobs_with_scaled_upstream(fused, scale):
     for name in ("dhidden", "dweight"):
         floor = 2**-24 * 0.5 / exact[name].abs().mean().item()
         assert relative_error(got[name], exact[name]) < 2e-3 + floor, name
+
+
+@pytest.mark.parametrize("budget", [None, 24 * 2**20], ids=["one block", "blocks"])
+@pytest.mark.parametrize("constants", [{}, {"logit_scale": 1 / 16}, {"temperature": 8.0}], ids=str)
+def test_float16_gradients_of_a_flat_row_keep_their_digits(fused, constants, budget):
+    """As with a loss scale of 1024: at one, probabilities of 1e-5 would be float16's denormals, and less in a scaled transform."""
+    if fused.interpreted:
+        pytest.skip("32768 columns are slow under Triton's interpreter; the scale is shared with the torch backend")
+    case = make_case(16, 2**15, 32, seed=5, dtype=torch.float16, bias=False)
+    upstream = torch.randn(16, generator=torch.Generator().manual_seed(1))
+
+    def gradients(op, case, scale=1.0, **options):
+        hidden, weight = (t.clone().requires_grad_() for t in (case.hidden, case.weight))
+        logprobs = op(hidden, weight, case.targets, **constants, **options).logprobs
+        (logprobs * upstream.to(logprobs) * scale).sum().backward()
+        return hidden.grad.cpu().double() / scale, weight.grad.cpu().double() / scale
+
+    exact = gradients(partial(linear_logprobs, backend="reference"), case.to(torch.float64))
+    plain = gradients(partial(linear_logprobs, backend="reference"), case, 1024)
+    got = gradients(linear_logprobs, case.to(fused.device), 1024, backend=fused.backend, memory_budget=budget)
+    elsewhere = torch.ones(2**15, dtype=torch.bool).index_fill(0, case.targets, False)
+    for name, pick in (("dhidden", lambda g: g[0]), ("dweight elsewhere", lambda g: g[1][elsewhere])):
+        error, allowed = (relative_error(pick(g), pick(exact)) for g in (got, plain))
+        assert error < 1.5 * allowed < 5e-3, f"{name}: {error:.2g}, plain {allowed:.2g}"
+
+
+@pytest.mark.parametrize("softcap", [1.0, 30.0, 1e3, 1e5, 1e8])
+def test_a_softcap_keeps_the_digits_of_small_logits(fused, softcap):
+    """Where it is far above them, the tanh is near zero."""
+    case = make_case(8, 64, seed=6)
+    want = linear_logprobs(*(t.double() for t in (case.hidden, case.weight)), case.targets, softcap=softcap)
+    case = case.to(fused.device)
+    got = linear_logprobs(case.hidden, case.weight, case.targets, softcap=softcap, backend=fused.backend)
+    for name, value in got._asdict().items():
+        torch.testing.assert_close(value.double().cpu(), getattr(want, name), rtol=2e-6, atol=2e-6)
