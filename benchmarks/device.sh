@@ -2,8 +2,8 @@
 # On a machine with a GPU: the kernels' correctness suite, the row kernels alone, then the benchmark; all results in one folder of
 # at most 8 files.
 #   COMMIT=<what rows call the code> PEERS=<folder> benchmarks/device.sh FOLDER SECONDS [arguments of the benchmark]
-# The ops: all shapes first, where compiling the four peers takes 46 s of the first process, then peaked data, 131,072 tokens, and
-# blocks that stay in the L2 cache. WHAT=training measures training steps and the longest context in place of the ops, and predicted
+# The ops: all shapes first, where compiling the four peers takes 46 s of the first process, then peaked data, 131,072 tokens, blocks
+# that stay in the L2 cache, and the other peers at one shape. WHAT=training measures training steps and the longest context in place of the ops, and predicted
 # memory beside the GPU's count: a fifth of the time for steps, the rest for the searches, 24 GiB first, the whole GPU after; what has
 # no time left is a lower bound, so nothing else should run beside it. TESTS names other tests, 0 leaves them out; they run in WORKERS
 # processes: two minutes on an H200 with 16 cores. PEERS holds the peers' packages unpacked, as pack_peers.sh packs them.
@@ -44,10 +44,11 @@ else
     if [ $# -gt 0 ]; then
         logprobs 10 "$@"
     else
-        logprobs 6 --cases goals,odd --data random --peers quack,trl,liger_flsce,verl
+        logprobs 5 --cases goals,odd --data random --peers quack,trl,liger_flsce,verl
         logprobs 1 --cases n8192-d4096-v151936 --data peaked --peers quack
         logprobs 2 --cases long --data random --peers trl,liger_flsce
         logprobs 1 --cases l2 --data random
+        logprobs 1 --cases n8192-d896-v151936 --data random --peers compile,torch_lce,liger_flce,cce,cce_exact
     fi
 fi
 tail -n 5 "$out/errors.txt"

@@ -213,8 +213,9 @@ def _import_bare(name: str) -> None:
 
 def store_budget(workload: Workload) -> int:
     """Bytes that hold the logits of the call and the copies that a block makes, with a margin."""
-    case = workload.case
-    return (case.logits_bytes + 2 * case.N * case.D * case.dtype.itemsize) * 33 // 32 + 2**20
+    case, itemsize = workload.case, workload.case.dtype.itemsize
+    padded_weight = (case.V + 8) * case.D * itemsize if case.V % 8 else 0
+    return (case.logits_bytes + 2 * case.N * case.D * itemsize + padded_weight) * 33 // 32 + 2**20
 
 
 def recompute_budget(workload: Workload) -> int:

@@ -153,6 +153,17 @@ def gradient_errors(exact: Gradients, got: tuple[Tensor | None, Tensor | None]) 
     return errors
 
 
+def worst_row(truth: Tensor, got: Tensor | None) -> float | None:
+    """The largest error of a row over that row's own size; inf where a row of zeros is not one."""
+    if got is None:
+        return None
+    worst = 0.0
+    for rows in row_blocks(truth.shape[0], truth.shape[1], truth.device):
+        wrong, size = (got[rows].double() - truth[rows]).norm(dim=1), truth[rows].double().norm(dim=1)
+        worst = max(worst, torch.where(wrong > 0, wrong / size, 0.0).max().item())
+    return worst
+
+
 def certified_errors(exact: Gradients, upstream: Tensor, workload: Workload, tolerance: float) -> dict[str, float]:
     """What filtering within `tolerance` may add to each of `gradient_errors`, by its documented bounds."""
     e = tolerance * upstream.abs().double()

@@ -65,14 +65,25 @@ def table(rows: Sequence[Row]) -> str:
                 )
             ),
         ]
-        lines.append(f"{label(row):32}{short:>6}" + (f"  {why}" if why else "".join(f"{cell:>10}" for cell in cells)))
+        kept = "" if why else _kept(row)
+        lines.append(
+            f"{label(row):32}{short:>6}" + (f"  {why}" if why else "".join(f"{cell:>10}" for cell in cells)) + kept
+        )
     return "\n".join(lines)
+
+
+def _kept(row: Row) -> str:
+    """What filtering kept, and the worst row of its dweight, relative to that row."""
+    if row.get("kept_fraction") is None:
+        return ""
+    worst = row.get("error_dweight_worst_row")
+    return f"  kept {row['kept_fraction']:.2%}" + ("" if worst is None else f", worst row of dweight {worst:.2g}")
 
 
 def summary(rows: Sequence[Row]) -> str:
     """Ours by workload: time, over its floor, over naive's; memory over naive's; errors over plain PyTorch's. `!`: misses its goal.
 
-    Then the peers' times, forward + backward.
+    Then the peers' times, forward + backward, and ours against them.
     """
     workloads: dict[tuple[str, str], list[Row]] = {}
     for row in fullest_runs(rows):
@@ -85,7 +96,30 @@ def summary(rows: Sequence[Row]) -> str:
         lines += [_summary_line(row, naive.get(row["pass"], {})) for row in found if row["plan"]]
         peers = [row for row in found if not row["plan"] and row["pass"] != "forward"]
         lines.append("  " + ", ".join(f"{row['implementation']} {_outcome(row)}" for row in peers))
+        lines.append(
+            "  " + ", ".join(f"{name} {value:.2f}{'!' * (value > goal)}" for name, value, goal in _goals(found))
+        )
     return "\n".join(lines)
+
+
+def _goals(found: Sequence[Row]) -> list[tuple[str, float, float]]:
+    """Ratios of a workload's rows, and the most that each may be: time over a peer's or another of our own, memory over budget."""
+    named = {label(row): row for row in found if row["ms"] and row["pass"] != "forward"}
+    ms = {name: row["ms"] for name, row in named.items()}
+    wanted = [("tspin recompute", peer, 1.0) for peer in ("trl", "liger_flsce", "verl")]
+    wanted += [(f"tspin {plan}", "quack", 1.0) for plan in ("store", "loss")]
+    for nats in {row["mean_entropy"] for row in found if row.get("mean_entropy")}:
+        wanted.append(("tspin loss_filtered", *(("quack", 0.6) if nats < 2 else ("tspin loss", 1.05))))
+    wanted += [(f"{name} fp32 logits", name, 1.15) for name in ms]
+    ratios = [
+        (f"{name} / {other}", ms[name] / ms[other], goal) for name, other, goal in wanted if {name, other} <= ms.keys()
+    ]
+    used = [
+        row["extra_mib"] * 2**20 / row["memory_budget"]
+        for row in found
+        if row["plan"] and row["ms"] and row["memory_budget"]
+    ]
+    return ratios + ([("extra memory / budget", max(used), 1.0)] if used else [])
 
 
 def _outcome(row: Row) -> str:
@@ -121,7 +155,7 @@ def _summary_line(row: Row, naive: Row) -> str:
         ),
         "" if row.get("bitwise") else "not bitwise!",
     ]
-    return f"  {label(row):26}" + " ".join(parts)
+    return f"  {label(row):26}" + " ".join(parts) + _kept(row)
 
 
 def training_table(rows: Iterable[Row]) -> str:

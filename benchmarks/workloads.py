@@ -49,7 +49,7 @@ CASES = (
         151936,
         ("long",),
         memory_budget=4 * 2**30,
-        implementations=("naive", "trl", "liger_flsce", "tspin:recompute", "tspin:infer"),
+        implementations=("naive", "trl", "liger_flsce", "tspin:recompute", "tspin:infer", "tspin:loss"),
     ),
     # A token added to 32000.
     Case("n8192-d4096-v32001", 8192, 4096, 32001, ("odd",)),

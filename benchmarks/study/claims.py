@@ -5,6 +5,7 @@ Intervals are 95 % by Student's t over seeds, of differences taken seed by seed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import mean
@@ -37,40 +38,49 @@ class Study(NamedTuple):
     rows: Rows
     rates: dict[str, float]
     arms: dict[str, Series]
+    runs: dict[str, dict[int, list[Row]]]  # each seed's again, with those from other pupils
 
     @classmethod
     def of(cls, rows: Rows) -> Study:
         rates = {method: rate for method in METHODS if (rate := tuned_rate(rows, method)) is not None}
         arms: dict[str, Series] = {}
+        runs: dict[str, dict[int, list[Row]]] = {}
         for name in NAMES:
             keys = {**CONTROLS, **MENDING}.get(name, {"method": name})
             if keys["method"] in rates and (name not in MENDING or "sft" in rates):
-                found = {seed: rows.get(named(name, seed, rates).id) for seed in SEEDS}
-                arms[name] = {seed: row for seed, row in found.items() if row}
-        return cls(rows, rates, arms)
+                found = {seed: list(plan.runs_of(rows, named(name, seed, rates))) for seed in SEEDS}
+                runs[name] = {seed: list(of) for seed, of in found.items() if of}
+                arms[name] = {seed: of[0] for seed, of in found.items() if of}
+        return cls(rows, rates, arms, runs)
 
     def values(self, name: str, of: Callable[[Row], float]) -> dict[int, float]:
-        return {seed: of(row) for seed, row in self.arms.get(name, {}).items()}
+        """By seed, of the first run; without what is not a number."""
+        found = {seed: of(row) for seed, row in self.arms.get(name, {}).items()}
+        return {seed: value for seed, value in found.items() if not math.isnan(value)}
 
     def estimate(self, name: str, of: Callable[[Row], float]) -> Estimate | None:
         return Estimate.of(list(self.values(name, of).values()))
 
     def difference(self, name: str, base: str, of: Callable[[Row], float] = final) -> Estimate | None:
-        """Of `name` less `base`, over the seeds that both have."""
-        ours, theirs = self.values(name, of), self.values(base, of)
-        return Estimate.of([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+        """Of `name` less `base`, over the seeds in which both have a run from one pi_0."""
+        ours, theirs = self.runs.get(name, {}), self.runs.get(base, {})
+        found = []
+        for seed in sorted(ours.keys() & theirs.keys()):
+            pairs = ((a, b) for a in ours[seed] for b in theirs[seed] if a["pi_0_sha256"] == b["pi_0_sha256"])
+            found += [of(a) - of(b) for a, b in list(pairs)[:1]]
+        return Estimate.of([value for value in found if not math.isnan(value)])
 
 
 def at(t: int, key: str, part: str | None = None) -> Callable[[Row], float]:
     """What a row has under `key` after iteration t; of its training log's `part`, mean or last, where that is given.
 
-    FRESH is of the pairs whose y' is not y; rows count it of all.
+    FRESH is of the pairs whose y' is not y, nan where there are none; rows count it of all.
     """
 
     def value(row: Row) -> float:
         entry = row["iterations"][t + 1]
         if key == FRESH and part is None:
-            return entry[FRESH] / (1 - entry["fresh_identical"]) if entry["fresh_identical"] < 1 else 0.0
+            return entry[FRESH] / (1 - entry["fresh_identical"]) if entry["fresh_identical"] < 1 else math.nan
         return (entry if part is None else entry[part])[key]
 
     return value
@@ -123,7 +133,10 @@ def claim_a(study: Study, tspin: str = "tspin", spin: str = "spin") -> Verdict:
         f"iteration {peak} and changes by {shown(fall, True)} from there to the last. T-SPIN less SPIN at the last: "
         f"{shown(greedy, True)} greedy, {shown(sampled, True)} sampled."
     )
-    return Verdict(_all(study, (tspin, spin), [*((rise, 0) for rise in rises), (_negated(fall), 0)]), why)
+    halves = [(rise, 0) for rise in rises], [(_negated(fall), 0)]
+    for name, half in zip(("That T-SPIN rises", "that SPIN falls"), halves):
+        why += f" {name} {_all(study, (tspin, spin), half)}" + (";" if half is halves[0] else ".")
+    return Verdict(_all(study, (tspin, spin), [*halves[0], *halves[1]]), why)
 
 
 def claim_b(study: Study, tspin: str = "tspin", spin: str = "spin") -> Verdict:
@@ -136,9 +149,10 @@ def claim_b(study: Study, tspin: str = "tspin", spin: str = "spin") -> Verdict:
     ours, theirs = study.estimate(tspin, last(FRESH)), study.estimate(spin, last(FRESH))
     difference = study.difference(spin, tspin, last(FRESH))
     why = (
-        f"At the end of SPIN's iterations 1 and 2, rewards favour y in {' and '.join(map(shown, favoured))} of the pairs in "
-        f"which y' is not y, and {' and '.join(map(shown, shares))} of those pairs are misaligned. T-SPIN's count is zero by "
-        "construction, as its reward is the log-likelihood, and is no evidence. The fair contrast is the share of freshly sampled "
+        "Over the last eight optimizer steps of SPIN's iterations 1 and 2, rewards favour y in "
+        f"{' and '.join(map(shown, favoured))} of the pairs in which y' is not y, and {' and '.join(map(shown, shares))} of those "
+        "pairs are misaligned. T-SPIN's count is zero by construction, as its reward is the log-likelihood, and no evidence. The "
+        "fair contrast is the share of freshly sampled "
         f"pairs with logp(y) < logp(y') at the last iteration, y' = y left out: {shown(theirs)} under SPIN, {shown(ours)} under "
         f"T-SPIN, a difference of {shown(difference, True)}."
     )
@@ -172,7 +186,9 @@ def claim_d(study: Study) -> Verdict:
         f"T-SPIN with history less without: {shown(along, True)} as a mean over iterations 1 to {plan.ITERATIONS - 1}, "
         f"{shown(study.difference(with_history, without), True)} at the last, "
         f"{shown(study.difference(with_history, without, last(SAMPLED)), True)} sampled at the last. The largest drop from one "
-        f"iteration to the next is larger without history by {shown(drop, True)}."
+        f"iteration to the next is larger without history by {shown(drop, True)}. That progress is slower "
+        f"{_all(study, (with_history, without), [(along, 0)])}; that it is less stable "
+        f"{_all(study, (with_history, without), [(drop, 0)])}."
     )
     return Verdict(_all(study, (with_history, without), [(along, 0), (drop, 0)]), why)
 

@@ -68,7 +68,7 @@ class Arm:
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
 
 
-Rows = Mapping[str, dict[str, Any]]
+Rows = Mapping[str, dict[str, Any]]  # by id; of an arm that was run again from another pi_0, by id and pi_0
 
 
 def final(row: Mapping[str, Any], key: str = SCORE) -> float:
@@ -157,6 +157,31 @@ MENDING: dict[str, dict[str, Any]] = {
     "fine-tuned, sft": {"method": "sft", **MATCHED},
 }
 NAMES = (*METHODS, *CONTROLS, *MENDING)
+# What each control is compared with, and what the comparison asks.
+QUESTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("One shared rate of 1e-5", "tspin at 1e-5", ("spin at 1e-5", "tspin_no_history at 1e-5", "sft at 1e-5")),
+    ("Scale of the loss at 1e-5, T-SPIN", "tspin at 1e-5", ("tspin at 1e-5, alpha 0.1",)),
+    ("Scale of the loss at 1e-5, SPIN", "spin at 1e-5", ("spin at 1e-5, lam 1",)),
+    ("alpha, at T-SPIN's tuned rate", "tspin", ("tspin, alpha 0.1", "tspin, alpha 0.3")),
+    ("lam, at SPIN's tuned rate", "spin", ("spin, lam 0.3", "spin, lam 1")),
+    ("beta", "tspin", ("tspin_no_history", "tspin, beta 0.3", "tspin, beta 1")),
+    ("Sum against mean, T-SPIN", "tspin", ("tspin, mean", "tspin, mean, alpha 30")),
+    ("Sum against mean, SPIN", "spin", ("spin, mean", "spin, mean, lam 3")),
+    ("A quarter of the data, T-SPIN", "tspin", ("tspin, a quarter", "tspin, a quarter, steps matched")),
+    ("A quarter of the data, SFT", "sft", ("sft, a quarter", "sft, a quarter, steps matched")),
+    ("10 iterations", "tspin, 10 iterations", ("spin, 10 iterations", "tspin_no_history, 10 iterations")),
+    (
+        "pi_0 already fine-tuned on the same prompts",
+        "fine-tuned, sft",
+        tuple(n for n in MENDING if n != "fine-tuned, sft"),
+    ),
+)
+# Of what the claims compare beside, each with the arm that it is compared with.
+_CLAIMED = (
+    *((method, "tspin") for method in METHODS[1:]),
+    *((name, "sft") for name in ("tspin, a quarter", "tspin, a quarter, steps matched")),
+)
+PAIRS = (*((name, base) for _, base, names in QUESTIONS for name in names), *_CLAIMED)
 
 
 def named(name: str, seed: int, rates: Mapping[str, float]) -> Arm:
@@ -186,3 +211,25 @@ def phases(rows: Rows) -> list[list[Arm]]:
     for seeds in (SEEDS[:3], SEEDS[3:]):
         found += [[named(name, seed, rates) for seed in seeds for name in names] for names in (CONTROLS, MENDING)]
     return found
+
+
+def runs_of(rows: Rows, arm: Arm) -> list[dict[str, Any]]:
+    """The rows of an arm, one for each pi_0 that it was run from, the first run first."""
+    return [row for key, row in rows.items() if key.partition(" ")[0] == arm.id]
+
+
+def unpaired(rows: Rows) -> list[tuple[Arm, str]]:
+    """Arms to run again, and the pi_0 to run them from: that of an arm which is compared with them and has no run in common."""
+    found: dict[tuple[str, str], tuple[Arm, str]] = {}
+    rates = {method: rate for method in METHODS if (rate := tuned_rate(rows, method)) is not None}
+    for name, base in PAIRS:
+        if {
+            keys["method"] for keys in ({**CONTROLS, **MENDING}.get(n, {"method": n}) for n in (name, base))
+        } <= rates.keys():
+            for seed in SEEDS:
+                arm = named(base, seed, rates)
+                ours, theirs = runs_of(rows, named(name, seed, rates)), runs_of(rows, arm)
+                known = {row["pi_0_sha256"] for row in theirs}
+                if ours and theirs and not any(row["pi_0_sha256"] in known for row in ours):
+                    found[arm.id, ours[0]["pi_0_sha256"]] = arm, ours[0]["pi_0_sha256"]
+    return list(found.values())

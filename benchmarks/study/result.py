@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.study import plan
@@ -21,7 +21,7 @@ from benchmarks.study.claims import (
     last,
     shown,
 )
-from benchmarks.study.plan import MENDING, METHODS, SEEDS, Rows, tuning_scores
+from benchmarks.study.plan import MENDING, METHODS, QUESTIONS, SEEDS, Rows, tuning_scores
 from tspin.comparison import Estimate
 
 LABELS = {
@@ -32,27 +32,6 @@ LABELS = {
     "tspin_ref": "T-SPIN with a reference",
 }
 _WORDS = ("does not hold", "is not settled", "holds", "is pending")
-# What each control is compared with, and what the comparison asks.
-QUESTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("One shared rate of 1e-5", "tspin at 1e-5", ("spin at 1e-5", "tspin_no_history at 1e-5", "sft at 1e-5")),
-    ("Scale of the loss at 1e-5, T-SPIN", "tspin at 1e-5", ("tspin at 1e-5, alpha 0.1",)),
-    ("Scale of the loss at 1e-5, SPIN", "spin at 1e-5", ("spin at 1e-5, lam 1",)),
-    ("alpha, at T-SPIN's tuned rate", "tspin", ("tspin, alpha 0.1", "tspin, alpha 0.3")),
-    ("lam, at SPIN's tuned rate", "spin", ("spin, lam 0.3", "spin, lam 1")),
-    ("beta", "tspin", ("tspin_no_history", "tspin, beta 0.3", "tspin, beta 1")),
-    ("Sum against mean, T-SPIN", "tspin", ("tspin, mean", "tspin, mean, alpha 30")),
-    ("Sum against mean, SPIN", "spin", ("spin, mean", "spin, mean, lam 3")),
-    ("A quarter of the data, T-SPIN", "tspin", ("tspin, a quarter", "tspin, a quarter, steps matched")),
-    ("A quarter of the data, SFT", "sft", ("sft, a quarter", "sft, a quarter, steps matched")),
-    ("10 iterations", "tspin, 10 iterations", ("spin, 10 iterations", "tspin_no_history, 10 iterations")),
-    (
-        "pi_0 already fine-tuned on the same prompts",
-        "fine-tuned, sft",
-        tuple(n for n in MENDING if n != "fine-tuned, sft"),
-    ),
-)
-
-
 _METHOD = f"""\
 The sloppy pupil of `tspin demo` (286k parameters; three-digit sums in columns; 85 % of the solutions it is taught never carry) is
 fine-tuned by the loop of `tspin run` on {plan.TRAIN_ROWS} clean solutions, {plan.ITERATIONS} iterations of two epochs.
@@ -61,12 +40,14 @@ on {plan.EVAL_ROWS} validation problems, {len(plan.TUNING_SEEDS)} seeds, on a ha
 has both neighbours. All else is measured on {plan.EVAL_ROWS} test problems with {len(SEEDS)} other
 seeds. No two splits share a problem.
 
-Brackets are 95 % intervals (Student's t over seeds) and differences are taken seed by seed. A claim *holds* where every interval
-that it needs lies on its side of the bound, *does not hold* where a mean lies on the other side, and *is not settled* between.
-(a) needs every change of T-SPIN from one iteration to the next above 0, and SPIN's from its best iteration to the last below 0;
-(b) more than {HALF} of SPIN's pairs misaligned at the end of iterations 1 and 2, and more fresh pairs in the wrong order than under
-T-SPIN; (c) T-SPIN on a quarter of the data, with as many steps, less SFT on all of it above -{MARGIN}; (d) a higher mean over
-iterations with history than without, and a smaller largest drop. The rules were written before the first confirming arm was run."""
+Brackets are 95 % intervals (Student's t over seeds). Differences are taken seed by seed between runs from one pupil, bit for bit:
+two machines train a seed's pupil to other digits, so what a later arm is compared with was run again from that arm's pupil.
+A claim *holds* where every interval that it needs lies on its side of the bound, *does not hold* where a mean lies on the other
+side, and *is not settled* between. (a) needs every change of T-SPIN from one iteration to the next above 0, and SPIN's from its
+best iteration to the last below 0; (b) more than {HALF} of SPIN's pairs misaligned over the last eight optimizer steps of
+iterations 1 and 2, and more fresh pairs in the wrong order than under T-SPIN; (c) T-SPIN on a quarter of the data, with as many
+steps, less SFT on all of it above -{MARGIN}; (d) a higher mean over iterations with history than without, and a smaller largest
+drop. The rules were written before the first confirming arm was run."""
 _TUNING = f"""\
 A share of {plan.EVAL_ROWS} problems has a standard error of at most {0.5 / plan.EVAL_ROWS**0.5:.3f}, and the two seeds differ by
 more: neighbouring rates are often not told apart. The rule takes the best mean all the same."""
@@ -124,7 +105,7 @@ def _paragraph(claim: str, verdict: Verdict) -> str:
 
 def _spread(estimate: Estimate | None) -> str:
     if estimate is None:
-        return ""
+        return "-"
     return f"{estimate.mean:.3f}" + ("" if estimate.sd is None else f" ± {estimate.sd:.3f}")
 
 
@@ -174,7 +155,29 @@ def _fine_tuned(study: Study) -> str:
     for name in MENDING:
         greedy, sampled = (shown(study.estimate(name, change(key)), True) for key in (plan.SCORE, SAMPLED))
         parts.append(f"{name.removeprefix('fine-tuned, ')} by {greedy} greedy and {sampled} sampled")
-    return f"From a pi_0 that SFT had already fine-tuned on the same prompts, the last policy differs from it: {'; '.join(parts)}."
+    text = f"From a pi_0 that SFT had already fine-tuned on the same prompts, the last policy differs from it: {'; '.join(parts)}."
+    verdicts = [f"{what} {_mends(study.estimate(name, change(plan.SCORE)))}" for name, what in _MENDED.items()]
+    return f"{text} In greedy exact match T-SPIN alone {_hurts(study, change)}; {', '.join(verdicts)}."
+
+
+_MENDED = {
+    "fine-tuned, tspin, drop_identical": "`drop_identical`",
+    "fine-tuned, tspin, sft_coef 1": "`sft_coef` 1",
+    "fine-tuned, tspin, both": "both",
+}
+
+
+def _hurts(study: Study, change: Callable) -> str:
+    estimate = study.estimate("fine-tuned, tspin", change(plan.SCORE))
+    return "is pending" if estimate is None else "hurts" if _is_below_zero(estimate) else "is not seen to hurt"
+
+
+def _mends(estimate: Estimate | None) -> str:
+    return "is pending" if estimate is None else "does not mend it" if _is_below_zero(estimate) else "may mend it"
+
+
+def _is_below_zero(estimate: Estimate) -> bool:
+    return estimate.mean + (estimate.ci or 0.0) < 0
 
 
 def _tuning_table(rows: Rows, rates: Mapping[str, float]) -> str:
@@ -195,14 +198,17 @@ def _account(rows: Rows) -> str:
         ids = {arm.id: arm for arm in arms}
         done = [rows[id] for id in ids if id in rows]
         lines.append([_phase(arms), f"{len(done)} of {len(ids)}"])
+    if pending := plan.unpaired(rows):
+        lines.append(["again, from the pupil of what is compared with them", f"{len(pending)} to do"])
     whole = [row for row in rows.values() if row["cpu_s"] is not None]
     cpu, wall = (sum(row[key] for row in whole) / 3600 for key in ("cpu_s", "wall_s"))
     facts = [sorted({_software(row) for row in rows.values()}), sorted({row["machine"] for row in rows.values()})]
     commits = ", ".join(sorted({row["commit"] for row in rows.values()}))
+    again = sum(" " in key for key in rows)
     text = f"""\
-{len(rows)} arms have rows. The {len(whole)} that were timed as a whole took {cpu:.2f} hours of processor time
-({3600 * cpu / max(1, len(whole)):.0f} s an arm) and {wall:.2f} hours by the clock, two at a time beside other work;
-a pupil takes another 50 s a seed.
+{len(rows) - again} arms have rows, {again} of them from two pupils. The {len(whole)} that were timed as a whole took
+{cpu:.2f} hours of processor time ({3600 * cpu / max(1, len(whole)):.0f} s an arm) and {wall:.2f} hours by the clock, two at a time
+beside other work; a pupil takes another 50 s a seed.
 {"; ".join("; ".join(names) for names in facts)}. Commits: {commits}."""
     later = "Later phases are listed once the rates that they use are tuned." if len(plan.phases(rows)) < 8 else ""
     return "\n\n".join(filter(None, [_table(["phase", "arms with a row"], lines), later, text]))

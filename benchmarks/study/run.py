@@ -20,7 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.plan import COMMON, EVAL_ROWS, ITERATIONS, TRAIN_ROWS, Arm, phases
+from benchmarks.study.plan import COMMON, EVAL_ROWS, ITERATIONS, SEEDS, TRAIN_ROWS, Arm, Rows, phases, unpaired
 
 PRETRAINING = {"steps": 220, "batch_size": 128, "learning_rate": 3e-3}
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
@@ -34,14 +34,16 @@ _SCORES = ("exact_match", "exact_match_sampled", "logprob", "fresh_share", "fres
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows of a file by id; a line torn by a kill does not count."""
-    rows = {}
+    """The rows of a file by id, of one run again from another pi_0 by id and pi_0; a line torn by a kill does not count."""
+    rows: dict[str, dict[str, Any]] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        rows[row["id"]] = row
+        first = rows.get(row["id"], row)
+        is_first = first.get("pi_0_sha256") == row.get("pi_0_sha256")
+        rows[row["id"] if is_first else f"{row['id']} {row['pi_0_sha256']}"] = row
     return rows
 
 
@@ -67,9 +69,9 @@ def run(directory: Path, rows_path: Path, *, jobs: int, commit: str | None = Non
         while True:
             rows = read_rows(rows_path)
             missing = [[arm for arm in phase if arm.id not in rows] for phase in phases(rows)]
-            todo = next((phase for phase in missing if phase), [])[:limit]
+            todo = next((phase for phase in missing if phase), _again(rows, directory))[:limit]
             if not todo:
-                return sum(map(len, missing))
+                return sum(map(len, missing)) + len(unpaired(rows))
             limit = None if limit is None else limit - len(todo)
             list(pool.map(make_pupil, [directory] * len(todo), sorted({arm.seed for arm in todo})))
             # On the machine that made their rows these are finished, which takes a second to see.
@@ -87,6 +89,15 @@ def run(directory: Path, rows_path: Path, *, jobs: int, commit: str | None = Non
                         f"{row['iterations'][-1]['exact_match']:.3f} in {row['cpu_s'] or 0:.0f} s, {len(futures)} to go",
                         flush=True,
                     )
+
+
+def _again(rows: Rows, directory: Path) -> list[Arm]:
+    # Of the arms to run again, those whose pi_0 is a pupil that lies here.
+    from tspin.storage import model_hash
+
+    pupils = {seed: directory / f"seed_{seed}" / "pupil" for seed in SEEDS}
+    here = {seed: model_hash(pupil) for seed, pupil in pupils.items() if pupil.exists()}
+    return [arm for arm, pi_0 in unpaired(rows) if arm.start is None and here.get(arm.seed) == pi_0]
 
 
 def _start_worker() -> None:

@@ -3,14 +3,18 @@
 import json
 import time
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import logprobs, measure, peers, tables
 from benchmarks.__main__ import main
-from benchmarks.reference import Evaluation, gradient_errors, output_errors
+from benchmarks.reference import Evaluation, gradient_errors, output_errors, worst_row
 from benchmarks.workloads import Case, make_workload, mean_entropy, select_cases
+from tspin_kernels._blocks import Head
+from tspin_kernels._inputs import LogitTransform
 
 CPU = torch.device("cpu")
 TINY = select_cases("tiny")[0]
@@ -223,3 +227,71 @@ def test_unknown_names_are_refused():
         select_cases("huge")
     with pytest.raises(ValueError, match=r"peers: want .* got \['rival'\]"):
         peers.select("rival", TINY)
+
+
+@pytest.mark.parametrize("case", select_cases("goals,odd"), ids=lambda case: case.name)
+@pytest.mark.parametrize("wide", [False, True])
+def test_budgets_of_the_plans_hold_their_logits_in_one_block(case, wide):
+    dtype, like = torch.bfloat16, torch.empty(0, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(case.V, case.D, dtype=dtype, device="meta")
+    head = Head(weight, None, LogitTransform(), dtype, torch.float32 if wide else dtype, None)
+    workload = SimpleNamespace(case=case)
+    budget = peers.wide_store_budget(workload) if wide else peers.store_budget(workload)
+    sizes = partial(head.sizes, case.N, like, dtype, dtype)
+    assert sizes(gathered=True, scattered=True).total(case.N, head.widest) <= budget
+    assert budget < 1.05 * sizes(gathered=True, scattered=True).total(case.N, head.widest)
+    more = peers.recompute_budget(workload)
+    assert sizes(gathered=False, scattered=False).total(case.N, head.widest) > more or case.name.startswith(
+        "n8192-d4096-v3"
+    )
+
+
+def test_the_worst_row_is_relative_to_itself():
+    truth = torch.tensor([[3.0, 4.0], [0.0, 0.1], [0.0, 0.0]]).double()
+    assert worst_row(truth, truth.float()) < 1e-7
+    got = truth.clone()
+    got[1, 0] = 0.05
+    assert worst_row(truth, got) == pytest.approx(0.5)
+    got[2, 0] = 1e-9
+    assert worst_row(truth, got) == torch.inf and worst_row(truth, None) is None
+
+
+def test_the_summary_holds_ours_against_peers_and_budget():
+    def row(name, plan, ms, **more):
+        facts = {
+            "case": "c",
+            "data": "peaked",
+            "device": "H",
+            "time": "t",
+            "D": 4096,
+            "task": "tokens",
+            "bitwise": True,
+        }
+        facts |= {
+            "pass": "forward+backward",
+            "floor_ms": 1.0,
+            "extra_mib": 8.0,
+            "memory_budget": 2**23,
+            "mean_entropy": 1.3,
+        }
+        return facts | {"implementation": name, "plan": plan, "ms": ms, "error_logprob": None} | more
+
+    rows = [
+        row("quack", None, 10.0),
+        row("tspin", "loss", 10.1),
+        row("verl", None, 30.0),
+        row("tspin", "recompute", 20.0),
+    ]
+    rows.append(row("tspin", "loss", 11.0, logits_dtype="float32"))
+    rows.append(row("tspin", "loss_filtered", 5.9, kept_fraction=0.03, error_dweight_worst_row=1.02))
+    text = tables.summary(rows)
+    for found in (
+        "loss / quack 1.01!",
+        "recompute / verl 0.67,",
+        "fp32 logits / tspin loss 1.09,",
+        "filtered / quack 0.59,",
+    ):
+        assert found in text, text
+    assert "extra memory / budget 1.00\n" in text + "\n" and "kept 3.00%, worst row of dweight 1" in text
+    flat = tables.summary([r | {"mean_entropy": 2.2, "extra_mib": 8.5} for r in rows])
+    assert "loss_filtered / tspin loss 0.58" in flat and "budget 1.06!" in flat

@@ -1,6 +1,7 @@
 """The study's plan, verdicts and page on made-up rows, and its runner on a tiny pupil. No ranking of methods is asserted."""
 
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -39,7 +40,14 @@ def made_row(arm: Arm, curve: list[float], **logged: float) -> dict:
         "wall_s": 4.0,
     }
     entries = [{**entry, "last": entry["mean"]} for entry in entries]
-    return {"id": arm.id, "keys": dict(arm.keys), "seed": arm.seed, "split": arm.split, "iterations": entries, **facts}
+    facts |= {
+        "id": arm.id,
+        "keys": dict(arm.keys),
+        "seed": arm.seed,
+        "split": arm.split,
+        "pi_0_sha256": f"pupil {arm.seed}",
+    }
+    return {**facts, "iterations": entries}
 
 
 def tuned_rows(best: dict[str, float]) -> dict[str, dict]:
@@ -130,7 +138,35 @@ def test_fresh_pairs_are_counted_without_those_whose_two_responses_are_one():
     row = made_row(Arm({"method": "spin"}, 0), [0.3, 0.5])
     assert claims.last(claims.FRESH)(row) == claims.at(0, claims.FRESH)(row) == 0.4
     row["iterations"][-1] |= {"fresh_share": 0.0, "fresh_identical": 1.0}
-    assert claims.last(claims.FRESH)(row) == 0.0
+    assert math.isnan(claims.last(claims.FRESH)(row))
+    rows = full_rows({})
+    study = Study.of(rows)
+    study.arms["spin"][3]["iterations"][-1] |= {"fresh_share": 0.0, "fresh_identical": 1.0}
+    assert sorted(study.values("spin", claims.last(claims.FRESH))) == [0, 1, 2, 4]
+
+
+def test_differences_are_between_runs_from_one_pupil(tmp_path):
+    rows = full_rows({"spin, lam 1": [0.3, 0.5, 0.6, 0.7, 0.8, 0.95]})
+    assert plan.unpaired(rows) == []
+    rates = {method: plan.tuned_rate(rows, method) for method in plan.METHODS}
+    moved, base = (plan.named(name, 2, rates) for name in ("spin, lam 1", "spin"))
+    rows[moved.id]["pi_0_sha256"] = "another pupil"
+    study = Study.of(rows)
+    assert study.difference("spin, lam 1", "spin").n == 4 and study.estimate("spin, lam 1", plan.final).n == 5
+    assert plan.unpaired(rows) == [(base, "another pupil")]
+    # Run again from there, which is a row of its own, for this difference alone.
+    path = tmp_path / "rows.jsonl"
+    again = made_row(base, [0.3, 0.5, 0.6, 0.7, 0.8, 0.1]) | {"pi_0_sha256": "another pupil"}
+    for row in [*rows.values(), again]:
+        run.append_row(path, row)
+    rows = run.read_rows(path)
+    assert [row["pi_0_sha256"] for row in plan.runs_of(rows, base)] == ["pupil 2", "another pupil"]
+    assert plan.unpaired(rows) == []
+    study = Study.of(rows)
+    found = study.difference("spin, lam 1", "spin")
+    assert found.n == 5 and found.mean == pytest.approx((4 * 0.05 + 0.87) / 5)
+    assert study.estimate("spin", plan.final).mean == pytest.approx(0.9 + 0.002 * 5 * 2)
+    assert "pending" not in result.page(rows).lower()
 
 
 def test_noise_over_seeds_leaves_a_claim_unsettled():
