@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
 from tspin.model import cache_keyword, head_of
 from tspin.prefix import refusal
+from tspin.tiling import expert_counts
 from tspin.tracing import grouped_experts
 
 if TYPE_CHECKING:
@@ -74,7 +76,8 @@ ASSUMED = Assumptions()
 @dataclass(frozen=True)
 class Forward:
     """Of one forward of a model: FLOP of each token in its layers, of each pair of tokens that attend, and of each scored token in
-    the head; weights that a decoding step reads, elements of the cache of each token, and kernels of a decoding step."""
+    the head; weights that every decoding step reads, elements of the cache of each token, and kernels of a decoding step; weights
+    of experts, and the share of them that a token is sent to."""
 
     token: float
     pair: float
@@ -82,6 +85,12 @@ class Forward:
     weights: int
     cache: int
     kernels: int
+    experts: int = 0
+    chosen: float = 0.0
+
+    def read(self, sequences: int) -> float:
+        """Weights that a decoding step of so many sequences reads, each of which chooses its experts for itself."""
+        return self.weights + self.experts * (1 - (1 - self.chosen) ** sequences)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Forward:
@@ -105,8 +114,20 @@ class Forward:
         token = flops[0] / short - pair * short
         # Lookups of the embedding cost nothing; a tied head is read as the head.
         embedding = cast(Any, model.get_input_embeddings()).weight
-        read = sum(p.numel() for p in model.parameters()) - (0 if embedding is head else embedding.numel())
-        return cls(token, pair, 2.0 * head.numel(), read, kept // short, kernels.count)
+        experts, chosen = _experts(model)
+        read = sum(p.numel() for p in model.parameters()) - experts - (0 if embedding is head else embedding.numel())
+        return cls(token, pair, 2.0 * head.numel(), read, kept // short, kernels.count, experts, chosen)
+
+
+def _experts(model: nn.Module) -> tuple[int, float]:
+    """Elements of all experts, and the share of them that a token is sent to."""
+    sizes, shares = [], []
+    for block in model.modules():
+        if isinstance(getattr(block, "experts", None), nn.Module):
+            count, chosen = expert_counts(block)
+            sizes.append(sum(p.numel() for p in block.experts.parameters()))  # type: ignore
+            shares.append(chosen / count)
+    return sum(sizes), max(shares, default=0.0)
 
 
 def _flops(model: Any, length: int) -> int:
@@ -215,9 +236,9 @@ class Cost:
             batch = prompts[start : start + size]
             prefill = sum(f.token * p + f.pair * p * p / 2 for p in batch)
             decode = sum(new * (f.token + f.head + f.pair * (p + new / 2)) for p in batch)
-            # A step reads every weight once, and the cache of what was said so far.
+            # A step reads its weights once, and the cache of what was said so far.
             cached = f.cache * sum(p + new / 2 for p in batch) * self.assumed.cache_passes
-            moved = (f.weights + cached) * (2 if self.is_16_bit else 4)
+            moved = (f.read(len(batch)) + cached) * (2 if self.is_16_bit else 4)
             step = max(
                 moved / (self.assumed.bandwidth * self.gpu.tb_per_s * 1e12),
                 f.kernels * self.assumed.kernel_us * 1e-6,

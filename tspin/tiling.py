@@ -53,11 +53,15 @@ def _tiled_modules(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
                     yield module, MLP_TILE  # an adapter, which casts what it reads
 
 
+def expert_counts(mlp: nn.Module) -> tuple[int, int]:
+    """How many experts it has, and to how many of them it sends a token; 1 and 1 where it has none."""
+    count, chosen = (max((getattr(m, name, 0) for m in mlp.modules()), default=0) for name in ("num_experts", "top_k"))
+    return max(1, count), max(1, chosen)
+
+
 def _mlp_tile(mlp: nn.Module) -> int:
-    experts, chosen = (
-        max((getattr(m, name, 0) for m in mlp.modules()), default=0) for name in ("num_experts", "top_k")
-    )
-    return max(MLP_TILE, EXPERT_TILE * experts // max(1, chosen))
+    count, chosen = expert_counts(mlp)
+    return max(MLP_TILE, EXPERT_TILE * count // chosen)
 
 
 def refusal(model: nn.Module) -> str | None:

@@ -54,9 +54,25 @@ def test_layers_that_are_no_linear_modules_count_too():
     assert found.token == 2 * 2 * 12 * 64 * 64
 
 
-def test_a_model_that_does_not_run_without_data_is_refused():
-    with pytest.raises(ValueError, match="MixtralForCausalLM cannot be counted without data"):
-        Forward.of(bare(MixtralConfig(vocab_size=100, num_key_value_heads=2, **SIZES)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_experts_those_count_that_a_token_is_sent_to(dtype):
+    routed = {"num_local_experts": 8, "num_experts_per_tok": 2}
+    model = bare(MixtralConfig(vocab_size=100, num_key_value_heads=2, **routed, **SIZES)).to(dtype)
+    found, one_expert = Forward.of(model), 3 * 64 * 96
+    attention_and_router = 64 * (64 + 32 + 32 + 64) + 8 * 64
+    assert found.token == pytest.approx(2 * 3 * (attention_and_router + 2 * one_expert), rel=1e-3)
+    assert found.experts == 3 * 8 * one_expert and found.chosen == 2 / 8
+    assert found.weights == 3 * attention_and_router + 100 * 64 + 7 * 64
+    assert found.read(1) == found.weights + found.experts / 4
+    assert found.read(2) == found.weights + found.experts * (1 - 0.75**2)
+    assert found.read(10**3) == pytest.approx(found.weights + found.experts)
+
+
+def test_a_model_that_does_not_run_without_data_is_refused(monkeypatch):
+    model = bare()
+    monkeypatch.setattr(type(model.model), "forward", lambda self, *args, **kwargs: torch.ones(()).to("meta").item())
+    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be counted without data"):
+        Forward.of(model)
 
 
 def attended(prompt: int, responses: list[int], shared: bool) -> tuple[int, int]:

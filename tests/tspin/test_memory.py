@@ -9,7 +9,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig, Qwen2Config, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+    Qwen3MoeConfig,
+    Trainer,
+)
 
 from tspin import attention, tiling
 from tspin.data import MEMBERS, TripletCollator
@@ -26,6 +36,12 @@ CONFIGS = {
     "llama": LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=192),
     "qwen2_tied": Qwen2Config(**SIZES, num_key_value_heads=4, intermediate_size=128, tie_word_embeddings=True),
     "gemma3": Gemma3TextConfig(**SIZES, num_key_value_heads=1, head_dim=16, intermediate_size=128, sliding_window=64),
+}
+ROUTED = {"num_key_value_heads": 2, "num_experts_per_tok": 2, "head_dim": 16}
+EXPERTS = {
+    "mixtral": MixtralConfig(**SIZES, **ROUTED, intermediate_size=96, num_local_experts=8),
+    "qwen3-moe": Qwen3MoeConfig(**SIZES, **ROUTED, moe_intermediate_size=32, num_experts=16),
+    "gpt-oss": GptOssConfig(**SIZES, **ROUTED, intermediate_size=96, num_local_experts=8),
 }
 WIDE = LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=8192)
 ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -146,6 +162,36 @@ TILED = {
     "llama": LlamaConfig(**SIZES | {"hidden_size": 256}, num_key_value_heads=2, intermediate_size=768),
     "gemma3": Gemma3TextConfig(**SIZES | {"hidden_size": 256}, num_key_value_heads=1, intermediate_size=768),
 }
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"sharing": True},
+        {"gradient_checkpointing": True},
+        {"sharing": True, "gradient_checkpointing": True, "bf16": True},
+    ],
+    ids=["kept", "checkpointed", "autocast"],
+)
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_priced_whichever_tokens_they_get(tmp_path, name, values):
+    ratio = check(tmp_path, EXPERTS[name], 192, (48, 48, 48), **values)
+    assert 0.9 <= ratio <= 1.1, ratio
+
+
+@pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["full", "lora"])
+def test_experts_in_tiles_are_priced_and_take_less(tmp_path, monkeypatch, adapter):
+    for tile, tokens in (("MLP_TILE", 64), ("NORM_TILE", 64), ("EXPERT_TILE", 8)):
+        monkeypatch.setattr(tiling, tile, tokens)
+    config = Qwen3MoeConfig(**SIZES | {"hidden_size": 256}, **ROUTED, moe_intermediate_size=64, num_experts=4)
+    lengths, keys = (512, (192, 128, 192)), {"gradient_checkpointing": True}
+    options = {"adapter": adapter, "sharing": True}
+    assert check(tmp_path, config, *lengths, sequence_tiling="on", **options, **keys) == pytest.approx(1, abs=0.1)
+    tiled, whole = (
+        predicted_peak(config, training_args(tmp_path, sequence_tiling=switch, **keys), *lengths, **options)
+        for switch in ("on", "off")
+    )
+    assert tiled < 0.9 * whole
 
 
 @pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["full", "lora"])
