@@ -144,9 +144,10 @@ def _check_tasks(config: SelfPlayConfig) -> tuple[Any, str]:
 def _check_model(
     config: SelfPlayConfig, training: list[Any], tokenizer: Any, train: list[Example], held_out: list[Example]
 ) -> tuple[Any, str]:
+    from tspin import tiling
     from tspin.fitting import model_without_weights
     from tspin.loading import add_adapter, lora_config, model_of
-    from tspin.model import probe_head
+    from tspin.model import disable_dropout, probe_head
     from tspin.prefix import refusal
 
     path = Path(config.model_name_or_path)
@@ -165,6 +166,10 @@ def _check_model(
         raise ValueError(
             f"want rows of at most {positions} positions, got {longest}; lower max_length or max_new_tokens"
         )
+    if training[0].sequence_tiling == "on":
+        disable_dropout(model)  # as the trainer does
+        if why := tiling.refusal(model):
+            raise ValueError(f"sequence_tiling: want 'off', got 'on': {why}")
     why = None if training[0].prefix_sharing == "off" else refusal(model)
     if why is not None and training[0].prefix_sharing == "on":
         raise ValueError(f"prefix_sharing: {why}, so its prompts cannot be shared; use prefix_sharing='off'")
@@ -224,9 +229,14 @@ def _check_memory(
     contexts = [Context(p, (r, *[max(1, min(new, args.max_length - p))] * (members - 1))) for p, r in pairs]
     apart = args.prefix_sharing == "off"
     longest = max(contexts, key=lambda c: members * (c.prompt + max(c.responses)) if apart else c.tokens)
-    check = MemoryCheck.of_run(config, args, longest, size, gpus=gpus)
-    print(*check.spared().table(), sep="\n")
-    return check, check.verdict()
+    try:
+        check = MemoryCheck.of_run(config, args, longest, size, gpus=gpus)
+        print(*check.spared().table(), sep="\n")
+        return check, check.verdict()
+    except USER_ERRORS:
+        raise
+    except Exception as error:  # of a model's own code, on tensors without data
+        return None, f"not predicted, as the model does not run without data: {type(error).__name__}, {one_line(error)}"
 
 
 def _check_cost(

@@ -64,9 +64,9 @@ def longest_context(
         lengths = {"prompt_tokens": triplet.prompt, "response_tokens": triplet.responses}
         return predict_memory(config, args, **lengths, **options).peak
 
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**24
-    most = max(_LEAST, int(positions / (1 + 1 / prompt_per_response)))
-    low, below = _LEAST, peak(_LEAST) - usable
+    most = _most_prompt(config, prompt_per_response)
+    low = min(_LEAST, most)
+    below = peak(low) - usable
     if below > 0:
         return None
     high, above = low, below
@@ -87,6 +87,12 @@ def longest_context(
         else:
             high, above, below, side = guess, found, below / 2 if side > 0 else below, 1
     return context(low)
+
+
+def _most_prompt(config: PreTrainedConfig, prompt_per_response: float) -> int:
+    """The longest prompt that leaves a response its positions."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**24
+    return max(1, int(positions / (1 + 1 / prompt_per_response)))
 
 
 def read_model_config(config: SelfPlayConfig) -> PreTrainedConfig:
@@ -253,9 +259,14 @@ class MemoryCheck:
         longest = max((f for f in found if f is not None), key=lambda f: f.prompt, default=None)
         if longest is None:
             return "no context fits"
-        with_keys = ways[found.index(longest)]
-        how = "".join(f", {key}: {value}" for key, value in with_keys.items())
-        return f"longest at this ratio{how}: a prompt of {longest.prompt} and responses of {longest.responses[0]}"
+        how = "".join(f", {key}: {value}" for key, value in ways[found.index(longest)].items())
+        text = f"a prompt of {longest.prompt} and responses of {longest.responses[0]}"
+        if longest.prompt == _most_prompt(self.model, ratio):
+            text += ", all the positions that the model has"
+            lengths = {"prompt_tokens": longest.prompt, "response_tokens": longest.responses, "members": members}
+            if predict_memory(self.model, args, **lengths, **options).peak <= USABLE * self.gpu_memory:
+                how = ""
+        return f"longest at this ratio{how}: {text}"
 
     def remedies(self) -> Iterator[tuple[str, int]]:
         """Keys to set, each with the peak that is left with it and all before it, until the step fits."""

@@ -12,13 +12,12 @@ P prompt tokens, L tokens of a response, G members of a triplet.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +50,8 @@ KEPT, HEAD, LOGITS = "activations kept for the backward", "output head", "logits
 TEMPORARIES = "optimizer's temporaries"
 _LAST, _BETWEEN, _FIRST = "backward of the last layer", "backward", "backward of the first layer"
 OPTIMIZER_PHASE = "optimizer"
-BACKWARD_PHASES = ("forward", "loss", _LAST, _BETWEEN, _FIRST)
+SCORING_PHASE = "scoring of the whole triplet"
+BACKWARD_PHASES = (SCORING_PHASE, "forward", "loss", _LAST, _BETWEEN, _FIRST)
 _DEPTHS = (3, 4)
 _Phases = dict[str, dict[str, int]]
 
@@ -159,12 +159,14 @@ def predict_memory(
                     args, model, Context(prompt_tokens, (max(lengths),) if sequential else lengths), batch, shared, gpu
                 )
                 step.accumulates = sequential or args.gradient_accumulation_steps > 1
+                if sequential and shared:
+                    step.scored = Context(prompt_tokens, lengths)
                 phases = step.trace(optimizer)
         phases = {phase: quantized.applied(terms) for phase, terms in phases.items()}
         return MemoryPrediction(Context(prompt_tokens, lengths), phases, shared, sequential, step.tiled)
 
     depth = config.get_text_config().num_hidden_layers
-    layers = _LayerSizes.of(config.to_json_string(), type(config), trust_remote_code)
+    layers = _LayerSizes.of(config, trust_remote_code)
     if depth <= max(_DEPTHS) or not layers.equal:
         whole = trace(config)
     else:
@@ -197,9 +199,14 @@ class _LayerSizes:
     rest: int
 
     @classmethod
-    @lru_cache
-    def of(cls, as_json: str, kind: type[PreTrainedConfig], trust_remote_code: bool) -> _LayerSizes:
-        config = kind.from_dict(json.loads(as_json))
+    def of(cls, config: PreTrainedConfig, trust_remote_code: bool) -> _LayerSizes:
+        key = type(config), config.to_json_string(), trust_remote_code
+        if key not in _KNOWN_LAYERS:
+            _KNOWN_LAYERS[key] = cls._read(copy.deepcopy(config), trust_remote_code)
+        return _KNOWN_LAYERS[key]
+
+    @classmethod
+    def _read(cls, config: PreTrainedConfig, trust_remote_code: bool) -> _LayerSizes:
         text = config.get_text_config()
         with _quiet(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -209,6 +216,9 @@ class _LayerSizes:
         one_type = len(set(getattr(text, "layer_types", None) or ())) <= 1
         total = sum(p.numel() for p in model.parameters())
         return cls(one_type and len(kinds) == 1, max(sizes, default=0), total - sum(sizes))
+
+
+_KNOWN_LAYERS: dict[tuple, _LayerSizes] = {}
 
 
 def _at_depth(few: _Phases, more: _Phases, depth: int) -> _Phases:
@@ -231,6 +241,7 @@ class _Step:
     ) -> None:
         self.args, self.model, self.context, self.triplets = args, model, context, triplets
         self.shared, self.gpu, self.accumulates = shared, gpu, False
+        self.scored: Context | None = None  # without a gradient, before the step
         disable_dropout(model)
         if shared:
             causal_lm(model).set_attn_implementation(NAME)
@@ -257,6 +268,9 @@ class _Step:
                 p.grad = torch.empty_like(p)
             live.hold([p.grad for p in trainable], GRADIENTS)
         with live, two_tiles(), grouped_experts(), gpu_attention() if self.gpu else nullcontext():
+            if self.scored is not None:
+                with torch.no_grad(), self._autocast():
+                    self._score(live, self.scored)
             with self._autocast():
                 loss = self._forward(live)
             live.label, live.phase = WORK, _LAST
@@ -269,9 +283,21 @@ class _Step:
         phases.pop("before")
         return phases
 
+    def _score(self, live: LiveBytes, context: Context) -> None:
+        inputs, count = self._inputs(context, 1), sum(context.responses)
+        live.phase, core = SCORING_PHASE, causal_lm(self.model)
+        if self.args.fused == "off":
+            rows = torch.empty(count, dtype=torch.int64)
+            logits = Select.apply(self.model(**inputs, use_cache=False).logits.flatten(0, 1), rows)
+            logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            return
+        hidden = core.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        torch.clear_autocast_cache()
+        head_loss(hidden, head_of(self.model), [count], budget=self.args.memory_budget, on_cpu=not self.gpu)
+
     def _forward(self, live: LiveBytes) -> Tensor:
         per_group = [sum(self.context.responses)] * self.triplets
-        inputs = self._inputs()
+        inputs = self._inputs(self.context, self.triplets)
         live.phase, core = "forward", causal_lm(self.model)
         layers = decoder_layers(core)
         for layer, phase in zip(layers[-2::-1], [*[_BETWEEN] * (len(layers) - 2), _FIRST], strict=False):
@@ -294,13 +320,13 @@ class _Step:
         head = head_of(self.model)
         return head_loss(hidden, head, per_group, budget=self.args.memory_budget, on_cpu=not self.gpu)
 
-    def _inputs(self) -> dict[str, Any]:
-        prompt, responses = self.context.prompt, self.context.responses
+    def _inputs(self, context: Context, triplets: int) -> dict[str, Any]:
+        prompt, responses = context.prompt, context.responses
         if self.shared:
-            layout = PrefixLayout(((prompt, responses),) * self.triplets)
-            input_ids = torch.empty(1, self.triplets * self.context.tokens, dtype=torch.int64)
+            layout = PrefixLayout(((prompt, responses),) * triplets)
+            input_ids = torch.empty(1, triplets * context.tokens, dtype=torch.int64)
             return {"input_ids": input_ids, **layout_inputs(layout, torch.device("cpu"))}
-        input_ids = torch.empty(self.triplets * len(responses), prompt + max(responses), dtype=torch.int64)
+        input_ids = torch.empty(triplets * len(responses), prompt + max(responses), dtype=torch.int64)
         padded = len(set(responses)) > 1
         return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids) if padded else None}
 

@@ -55,7 +55,7 @@ def one_by_one(batch: Batch, *, packed: bool | None = None) -> Iterator[Batch]:
         }
 
 
-def _group_by_group(batch: Batch) -> Iterator[Batch]:
+def group_by_group(batch: Batch) -> Iterator[Batch]:
     """Each triplet of a packed batch as a packed batch."""
     start = token = 0
     for g, (P, lengths) in enumerate(batch["prefix_layout"].groups):
@@ -110,7 +110,7 @@ def backward_one_by_one(
     """
     rows = list(one_by_one(batch))
     with torch.no_grad():
-        parts = _group_by_group(batch) if "prefix_layout" in batch else rows
+        parts = group_by_group(batch) if "prefix_layout" in batch else rows
         scored = [score(part, lambda s: s.logprobs[:, 0], entropy="value")[1] for part in parts]
     logprobs, entropies = (
         torch.cat(values).view(batch["lengths"].shape) for values in list(zip(*scored, strict=True))[:2]

@@ -61,7 +61,7 @@ def expert_counts(mlp: nn.Module) -> tuple[int, int]:
 
 def _mlp_tile(mlp: nn.Module) -> int:
     count, chosen = expert_counts(mlp)
-    return max(MLP_TILE, EXPERT_TILE * count // chosen)
+    return MLP_TILE if count == 1 else max(MLP_TILE, EXPERT_TILE * count // chosen)
 
 
 def refusal(model: nn.Module) -> str | None:
@@ -125,14 +125,20 @@ def _mixes_tokens(model: nn.Module) -> str | None:
     for module in kinds.values():
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), weight.dtype)
         own: Any = getattr(module, "weight", None)
-        hidden_size = core.config.get_text_config().hidden_size
-        width = getattr(module, "in_features", hidden_size if own is None else own.shape[-1])
-        x = torch.randn(1, 6, width, generator=generator).to(weight.device, dtype)
+        shape = (core.config.get_text_config().hidden_size,)
+        if hasattr(module, "in_features"):
+            shape = (module.in_features,)
+        elif own is not None:
+            shape = own.shape  # a norm may have a weight for each head
+        x: Any = torch.randn(1, 6, *shape, generator=generator).to(weight.device, dtype)
         read = _reader(module, module, [])
-        whole: Any = read(x)
-        if not isinstance(whole, Tensor) or whole.shape[:2] != x.shape[:2]:
-            return f"{type(module).__name__} does not return hidden states alone"
-        apart = torch.cat([read(x[:, t : t + 1]) for t in range(x.shape[1])], 1)
+        try:
+            whole: Any = read(x)
+            if not isinstance(whole, Tensor) or whole.shape[:2] != x.shape[:2]:
+                return f"{type(module).__name__} does not return hidden states alone"
+            apart = torch.cat([read(x[:, t : t + 1]) for t in range(x.shape[1])], 1)
+        except Exception as error:  # of a model's own code
+            return f"{type(module).__name__} could not be tried on a few tokens: {error}"
         # Half of the places, of TF32 at best, which a GPU may have multiplied in.
         rounding = max(torch.finfo(dtype).eps, torch.finfo(torch.float16).eps) ** 0.5
         if not (apart - whole).abs().max() <= rounding * whole.abs().max():

@@ -31,12 +31,19 @@ from tspin.fitting import MemoryCheck, gpu_memory
 from tspin.loading import add_adapter, load_model, warn_of_rounded_steps
 from tspin.memory import Context
 from tspin.metrics import Meter, reduced, triplet_metrics
-from tspin.model import causal_lm, install_scoring, score_batch, vocabulary_size
+from tspin.model import (
+    BatchTooLargeError,
+    causal_lm,
+    install_scoring,
+    naming_out_of_memory,
+    score_batch,
+    vocabulary_size,
+)
 from tspin.optimizers import spare_copies
 from tspin.prefix import share_prompts
 from tspin.rows import check_columns
 from tspin.scoring import scoring_options, verify_packed_row
-from tspin.sequential import backward_one_by_one
+from tspin.sequential import backward_one_by_one, group_by_group
 from tspin.sharding import whole_weights
 from tspin_kernels import SequenceStats, sft_loss, spin_loss, tspin_loss, tspin_ref_loss
 
@@ -292,6 +299,8 @@ class TSPINTrainer(Trainer):
         try:
             with self._sharing_prompts():
                 result = super().train(*args, **kwargs)
+        except BatchTooLargeError:
+            raise  # an evaluation's, which names its key
         except torch.OutOfMemoryError as error:
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
             switches = {"sequence_tiling": self.tiled, "sequential_backward": self.sequential}
@@ -330,8 +339,10 @@ class TSPINTrainer(Trainer):
         args = self.args
         if "auto" not in (args.sequence_tiling, args.sequential_backward):
             return
-        untileable = args.sequence_tiling == "auto" and _untileable(self.model)
-        check = self._memory_check(**({"sequence_tiling": "off"} if untileable else {}))
+        check = self._memory_check()
+        tiles = check is not None and check.args.sequence_tiling == "on" != args.sequence_tiling
+        if tiles and _untileable(self.model):
+            check = self._memory_check(sequence_tiling="off")
         taken = args if check is None else check.args
         self.tiled, self.sequential = taken.sequence_tiling == "on", taken.sequential_backward == "on"
         # The same on all ranks, and after a restart: the GPU's size counts, not what happens to be free.
@@ -363,6 +374,8 @@ class TSPINTrainer(Trainer):
         if "prefix_layout" in batch:
             wrapped: Any = self.model_wrapped
             reduce = partial(self.accelerator.reduce, reduction="sum")
+            # One response at a time takes no row of several triplets, nor does this.
+            batch = list(group_by_group(batch))[-1] if self.sequential else batch
             with self.accelerator.autocast():
                 verify_packed_row(wrapped, batch, core=self.model, reduce=reduce, **self.scoring)
         self._verified = True
@@ -517,7 +530,8 @@ class TSPINTrainer(Trainer):
         meter = Meter()
         self.callback_handler.eval_dataloader = dataloader  # type: ignore
         self.model.eval()
-        with self._sharing_prompts():
+        rows, key = self.args.per_device_eval_batch_size, "per_device_eval_batch_size"
+        with self._sharing_prompts(), naming_out_of_memory(rows, "the evaluation of", key):
             for batch in dataloader:
                 batch = self._prepare_inputs(batch)
                 self._begin(batch)

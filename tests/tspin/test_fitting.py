@@ -4,13 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, Mamba2Config, Qwen2Config
 
 from tspin import cli
+from tspin.check import _check_model
 from tspin.config import SelfPlayConfig
+from tspin.data import Example
 from tspin.fitting import USABLE, MemoryCheck, longest_context, parse_memory
-from tspin.loading import add_adapter, lora_config
-from tspin.memory import Context, predict_memory
+from tspin.loading import add_adapter, lora_config, training_args_of
+from tspin.memory import Context, _LayerSizes, predict_memory
 from tspin.trainer import TSPINConfig
 
 SMALL = LlamaConfig(
@@ -161,3 +163,44 @@ def test_check_of_a_model_without_weights(tmp_path, capsys):
     assert cli.main(["check", *words, "0.01GB", "--sequence_tiling", "off", "--sequential_backward", "off"]) == 2
     out, err = capsys.readouterr()
     assert "NO  memory: want at most" in out and "memory" in err
+
+
+def test_what_cannot_be_predicted_is_no_failure(tmp_path, monkeypatch, capsys):
+    """Of a model's own code, which no config can mend."""
+
+    def broken(*args, **options):
+        raise RuntimeError("no meta kernel")
+
+    SMALL.save_pretrained(tmp_path)
+    monkeypatch.setattr("tspin.fitting.predict_memory", broken)
+    words = ["--model_name_or_path", str(tmp_path), "--dataset", "absent.jsonl", "--gpu_memory", "24GB"]
+    assert cli.main(["check", *words]) == 2
+    out, err = capsys.readouterr()
+    assert "ok  memory: not predicted, as the model does not run without data: RuntimeError, no meta kernel" in out
+    assert "memory" not in err
+
+
+def test_a_config_with_infinities_has_layers():
+    """FalconH1 and Mamba 2 have one, which no round trip through JSON would bring back."""
+    text = Mamba2Config(
+        num_heads=4, head_dim=32, hidden_size=64, expand=2, num_hidden_layers=3, vocab_size=300, n_groups=1
+    )
+    assert _LayerSizes.of(text, False).equal
+
+
+def test_where_positions_end_what_fits_that_far_is_said_without_keys(tmp_path):
+    check = MemoryCheck(SMALL, training_args(tmp_path, gradient_checkpointing=True), Context(64, (8, 8, 8)), 2**40)
+    assert (
+        "longest at this ratio: a prompt of 1820 and responses of 228, all the positions that the model has"
+        in check.verdict()
+    )
+    short = longest_context(SMALL, training_args(tmp_path), gpu_memory=2**40, prompt_per_response=0.001)
+    assert short.prompt + short.responses[0] <= SMALL.max_position_embeddings
+
+
+def test_tiles_that_a_model_does_not_allow_are_refused_before_the_run(tmp_path):
+    BloomConfig(vocab_size=300, hidden_size=64, n_layer=2, n_head=4).save_pretrained(tmp_path)
+    values = {"model_name_or_path": str(tmp_path), "dataset": "d", "sequence_tiling": "on", "use_cpu": True}
+    config, example = SelfPlayConfig.from_dict(values), Example(0, "", "", [1], [2])
+    with pytest.raises(ValueError, match="sequence_tiling: want 'off', got 'on': BloomMLP reads more"):
+        _check_model(config, [training_args_of(config, 0)], range(300), [example], [])

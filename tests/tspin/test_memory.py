@@ -23,7 +23,7 @@ from transformers import (
 
 from tspin import attention, tiling
 from tspin.data import MEMBERS, TripletCollator
-from tspin.memory import KEPT, predict_memory
+from tspin.memory import KEPT, SCORING_PHASE, predict_memory
 from tspin.model import disable_dropout, head_of, install_scoring, score_batch
 from tspin.prefix import NAME, PrefixLayout, layout_inputs
 from tspin.sequential import backward_one_by_one
@@ -103,18 +103,19 @@ def measured_peak(config, args, prompt, responses, *, sharing=False, adapter=Non
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
     optimizer = kind(trainable, **options)
     members = MEMBERS[: len(responses)]
+    one_by_one = args.sequential_backward == "on"
     if sharing:
         (model.get_base_model() if adapter is not None else model).set_attn_implementation(NAME)
-    else:
+    if one_by_one or not sharing:
         install_scoring(model)
 
     def backward() -> None:
-        if sharing:
+        if sharing and not one_by_one:
             return shared_backward(model, prompt, responses, triplets)
-        batch = TripletCollator(pad_token_id=0, members=members)(rows_of(prompt, responses, triplets))
+        batch = TripletCollator(pad_token_id=0, members=members, packed=sharing)(rows_of(prompt, responses, triplets))
         score = partial(score_batch, model, memory_budget=args.memory_budget, fused=args.fused != "off")
         loss_fn = partial(method_loss_fn(args, 0.1), keep=torch.ones(triplets, dtype=torch.bool))
-        if args.sequential_backward == "on":
+        if one_by_one:
             loss, _ = backward_one_by_one(score, torch.Tensor.backward, batch, loss_fn)
         else:
             loss, _ = score(batch, loss_fn)
@@ -208,6 +209,17 @@ def test_the_peak_in_tiles_is_predicted_and_lower(tmp_path, monkeypatch, name, a
         for switch in ("on", "off")
     )
     assert tiled < 0.97 * whole
+
+
+@pytest.mark.parametrize("prompt, response", [(16, 256), (128, 128)])
+def test_the_scoring_of_one_response_at_a_time_is_priced(tmp_path, prompt, response):
+    """Of a whole triplet in one row, without gradient: with short prompts and adapters more than any response's backward."""
+    keys = {"gradient_checkpointing": True, "sequential_backward": "on"}
+    options = {"sharing": True, "adapter": ADAPTER, **keys}
+    assert check(tmp_path, TILED["llama"], prompt, (response,) * 3, **options) == pytest.approx(1, abs=0.1)
+    lengths = {"prompt_tokens": prompt, "response_tokens": response}
+    found = predict_memory(TILED["llama"], training_args(tmp_path, **keys), **lengths, peft_config=ADAPTER, gpu=False)
+    assert (found.fullest == SCORING_PHASE) == (prompt == 16)
 
 
 @pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["full", "lora"])

@@ -15,7 +15,7 @@ from tspin.data import MEMBERS, TripletCollator
 from tspin.fitting import USABLE, MemoryCheck
 from tspin.loading import add_adapter
 from tspin.memory import Context
-from tspin.model import install_scoring, score_batch
+from tspin.model import BatchTooLargeError, install_scoring, score_batch
 from tspin.sequential import backward_one_by_one, one_by_one
 from tspin.trainer import StepTooLargeError, TSPINConfig, TSPINTrainer
 
@@ -212,6 +212,28 @@ def test_a_step_without_memory_names_the_remedies_where_they_are_known(tmp_path,
             r"triplet; what would help, each with those before it: per_device_train_batch_size: 1, ",
             str(caught.value),
         )
+
+
+@pytest.mark.parametrize("amid_training", [False, True])
+def test_an_evaluation_without_memory_names_its_own_key(tmp_path, monkeypatch, amid_training):
+    monkeypatch.setattr(tspin.trainer, "gpu_memory", lambda device: 2**40)
+    args = TSPINConfig(
+        output_dir=str(tmp_path), **QUIET, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=3
+    )
+    trainer = TSPINTrainer(build(), args, triplets(4), triplets(4))
+    with pytest.raises(
+        BatchTooLargeError, match=r"^per_device_eval_batch_size: want batches that fit .* evaluation of 3 rows"
+    ):
+        if amid_training:
+            monkeypatch.setattr(TSPINTrainer, "_prepare_inputs", failing_in_evaluation)
+            trainer.train()
+        else:
+            monkeypatch.setattr(TSPINTrainer, "_prepare_inputs", out_of_memory)
+            trainer.evaluate()
+
+
+def failing_in_evaluation(trainer, inputs):
+    return inputs if trainer.model.training else out_of_memory()
 
 
 def test_a_sharded_step_without_memory_names_keys_without_a_prediction(tmp_path, monkeypatch):

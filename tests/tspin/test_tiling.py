@@ -35,6 +35,7 @@ MODELS = EXPERTS | {
     "phi3": lambda: hf.Phi3Config(**SIZES),
     "olmo2": lambda: hf.Olmo2Config(**SIZES),
     "gpt-neox": lambda: hf.GPTNeoXConfig(**SIZES),
+    "cohere": lambda: hf.CohereConfig(**SIZES, use_qk_norm=True),  # a weight for each head
 }
 CHECKPOINTING = {"kept": None, "checkpointed": {"use_reentrant": False}, "reentrant": {"use_reentrant": True}}
 
@@ -327,6 +328,24 @@ def test_an_mlp_that_mixes_tokens_is_found_by_trying(mixed, reason):
         tile_sequences(model)
     model.model.layers[1].mlp = Mixing(None)
     tile_sequences(model)
+
+
+class Broken(nn.Module):
+    def forward(self, x):
+        return x.view(7, -1)
+
+
+def test_an_mlp_that_fails_on_a_few_tokens_is_refused_and_trained_whole(tmp_path, monkeypatch):
+    """Where nothing asks for tiles it is not even tried."""
+    model = build()
+    model.model.layers[0].mlp.register_module("gone", Broken())
+    monkeypatch.setattr(
+        type(model.model.layers[0].mlp), "forward", lambda self, x: self.gone(x) if len(x[0]) < 7 else x
+    )
+    assert "MLP could not be tried on a few tokens: shape" in refusal(model)
+    monkeypatch.setattr(tiling, "_mixes_tokens", None)
+    _, logs, trainer = train(tmp_path, triplets(3), model, prefix_sharing="off", num_train_epochs=1)
+    assert logs and not trainer.tiled
 
 
 def is_tiled(trainer):
