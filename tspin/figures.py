@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from matplotlib import rc_context
@@ -173,8 +173,13 @@ def _bar(group: Group, key: str, t: int, estimate: Estimate) -> float:
     if estimate.sd is not None:
         return estimate.sd if math.isfinite(estimate.sd) else 0.0
     rows = {"exact_match": "rows", "exact_match_sampled": "rows", "fresh_share": "fresh_rows"}.get(key, "")
-    counts = [count for run in group.runs if (count := run.score(t, rows))]
-    return math.sqrt(estimate.mean * (1 - estimate.mean) / counts[0]) if counts and 0 <= estimate.mean <= 1 else 0.0
+    known = [run for run in group.runs if run.score(t, key) is not None and run.score(t, rows)]
+    if not known or not 0 <= estimate.mean <= 1:
+        return 0.0
+    count = cast(float, known[0].score(t, rows))
+    if key == "fresh_share":  # y' = y is left out of the share, and not of the rows
+        count *= 1 - (known[0].score(t, "fresh_identical") or 0.0)
+    return math.sqrt(estimate.mean * (1 - estimate.mean) / count) if count else 0.0
 
 
 def _log_length(run: Run, t: int, log: list[dict[str, Any]]) -> float:

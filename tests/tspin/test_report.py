@@ -5,14 +5,17 @@ import io
 import itertools
 import json
 import math
+import re
 from html.parser import HTMLParser
 
 import pyarrow as pa
 import pytest
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from tspin import cli, figures, plotting, storage
+from tspin import cli, figures, pair_figures, plotting, storage
+from tspin.comparison import Estimate, group_runs
 from tspin.report import (
     comparison_markdown,
     comparison_table,
@@ -20,6 +23,7 @@ from tspin.report import (
     read_iterations,
     write_report,
 )
+from tspin.run_files import Run
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -359,6 +363,27 @@ def test_several_runs_are_compared_by_method_with_spread_over_seeds(tmp_path):
     assert "| spin | 3 |" in comparison_markdown(runs)
 
 
+def test_the_last_of_five_iterations_is_on_the_page_and_long_names_wrap(tmp_path, undrawn):
+    runs = [
+        make_run(tmp_path / f"{method}-{seed}", method=method, seed=seed)
+        for method in ("tspin", "spin")
+        for seed in (0, 1)
+    ]
+    style, _, body = write_report(runs, tmp_path / "out").read_text().partition("</style>")
+    assert re.search(r'<td>\+0.000<span class="line"> \[\+0.000, \+0.000\]</span></td>', body)
+    sizes = [
+        ("body", "max-width"),
+        (r"\.samples td", "min-width"),
+        (r"\.samples td", "padding-right"),
+        ("tbody th", "min-width"),
+    ]
+    width, least, gap, label = (
+        float(re.search(rf"{name} {{[^}}]*{key}: ([\d.]+)rem", style)[1]) for name, key in sizes
+    )
+    assert label + 7 * (least + gap) < width, "y0 and y' of pi_0 to pi_5"
+    assert re.search(r"\nh1, [^}]*overflow-wrap: anywhere", style)
+
+
 def test_the_command_writes_where_it_is_told(tmp_path, monkeypatch, capsys, undrawn):
     run = make_run(tmp_path / "run", iterations=1)
     other = make_run(tmp_path / "other", iterations=1, seed=1)
@@ -395,6 +420,34 @@ def test_a_directory_without_a_run_is_refused(tmp_path, undrawn):
         write_report(tmp_path)
     with pytest.raises(ValueError, match="runs: want at least one run directory, got none"):
         write_report([])
+
+
+def test_titles_of_five_iterations_of_several_methods_keep_off_each_other(tmp_path, monkeypatch):
+    figures_drawn = []
+    monkeypatch.setattr(pair_figures, "finish", lambda figure, labels, alt: figures_drawn.append(figure))
+    methods = ("tspin", "tspin_no_history")
+    runs = [make_run(tmp_path / method, method=method, iterations=5) for method in methods]
+    with rc_context(plotting.LOOK):
+        pair_figures.rewards(group_runs(runs))
+    (figure,) = figures_drawn
+    figure.draw_without_rendering()
+    titles = [axis._left_title for axis in figure.axes if axis._left_title.get_text()]
+    assert [title.get_text() for title in titles] == [
+        f"{method}\n" * (t == 0) + f"iteration {t}" for method in methods for t in range(5)
+    ]
+    boxes = [title.get_window_extent() for title in titles]
+    # A method's line lies above those of the iterations, whose lines keep off each other.
+    lower = [box if i % 5 else box.from_extents(box.x0, box.y0, box.x0 + 1, box.y1) for i, box in enumerate(boxes)]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(lower, 2))
+    assert boxes[0].y0 == pytest.approx(boxes[1].y0, abs=3) and boxes[0].x1 < figure.bbox.x1
+
+
+def test_the_error_of_the_fresh_share_counts_the_pairs_that_it_counts(tmp_path):
+    scores = {"fresh_share": 0.5, "fresh_identical": 0.75, "fresh_rows": 16, "exact_match": 0.5, "rows": 16}
+    run = Run(tmp_path, {"method": "tspin"}, [{"iteration": 0, "log": [], **scores}])
+    (group,) = group_runs([run])
+    bar = lambda key: figures._bar(group, key, 0, Estimate.of([0.5]))
+    assert bar("fresh_share") == pytest.approx(0.5 / math.sqrt(4)) and bar("exact_match") == pytest.approx(0.5 / 4)
 
 
 def test_labels_at_the_ends_of_lines_do_not_overlap():
