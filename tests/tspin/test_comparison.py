@@ -116,6 +116,7 @@ def test_the_same_sample_twice_is_refused(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(json.dumps({"method": "spin", "seed": 3, "output_dir": name}))
+        (tmp_path / name / "run.json").write_text("{}")
     with pytest.raises(
         ValueError, match=r"want runs that differ in config or seed, got .*one and .*two.*leave one out"
     ):

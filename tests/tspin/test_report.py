@@ -113,8 +113,8 @@ def writers(directory, *, prompt="1+1=", answer="#2", sampled="#3", **config):
 
     record = {"processes": 1, "device": "cpu", "versions": {"tspin": "0.1.0"}, "data": {"rows": 4, "sha256": "d" * 64}}
     steps = [
-        lambda: storage.write_atomic(directory / "config.yaml", json.dumps(values).encode()),
         lambda: storage.write_json(directory / "run.json", record),
+        lambda: storage.write_atomic(directory / "config.yaml", json.dumps(values).encode()),
         *staged("eval_initial", directory / "eval_initial.json", lambda path: storage.write_json(path, scores(-1))),
     ]
     for t in range(values["iterations"]):
@@ -220,6 +220,8 @@ def test_a_report_can_be_made_after_every_file_that_the_loop_writes(tmp_path, mo
     pictures = {3: 1, 9: 2, 12: 4}
     for count, write in enumerate(steps, 1):
         write()
+        if count == 1:  # run.json, which makes no run without config.yaml
+            continue
         monkeypatch.setattr(figures, "draw", draw if count in pictures else lambda groups: {})
         page = page_of(run)
         assert any(text.startswith("Unfinished") for text in page.texts) == (count < len(steps))
@@ -318,9 +320,43 @@ def test_a_torn_shard_of_samples_is_left_out(tmp_path):
     run = make_run(tmp_path / "run", iterations=1)
     (path,) = (run / "iter_00" / "synthetic").iterdir()
     path.write_bytes(path.read_bytes()[:100])
-    (run / "iter_00" / "pairs.parquet").write_bytes(b"PAR1")
-    page = page_of(run)
-    assert "No pairs with rewards are scored yet." in page.texts
+    assert "No triplets are built yet." in page_of(run).texts
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda path: path.write_bytes(b"PAR1"),
+        lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        lambda path: storage.write_parquet(path, pa.table({"row": [1, 2]})),
+        lambda path: storage.write_parquet(path, pairs_of(0).drop_columns(["logps/proto"])),
+        lambda path: storage.write_parquet(
+            path, pairs_of(0).set_column(2, "identical", pa.array([None] * 8, pa.bool_()))
+        ),
+        lambda path: storage.write_parquet(path, pairs_of(0).set_column(3, "logps/chosen", pa.array(["x"] * 8))),
+    ],
+)
+def test_damaged_pairs_are_named(tmp_path, alter):
+    run = make_run(tmp_path / "run", iterations=1)
+    alter(run / "iter_00" / "pairs.parquet")
+    with pytest.raises(ValueError, match=r"pairs.parquet is damaged: want .*; restore it, or delete the file"):
+        write_report(run)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("iterations", "two", "iterations: want int, got 'two'"),
+        ("seed", None, "seed: want int, got None"),
+        ("max_steps", [3, "x"], "max_steps: want int, got 'x'"),
+        ("answer_pattern", "(", "missing"),
+    ],
+)
+def test_a_value_that_a_report_computes_with_is_checked(tmp_path, undrawn, key, value, message):
+    run = make_run(tmp_path / "run", iterations=1)
+    (run / "config.yaml").write_text(json.dumps({"method": "tspin", key: value}))
+    with pytest.raises(ValueError, match=rf"config.yaml is damaged: {message}.*; restore it, or correct the line"):
+        write_report(run)
 
 
 def test_numbers_that_are_not_finite_stop_no_picture(tmp_path):
@@ -410,6 +446,7 @@ def test_the_command_writes_where_it_is_told(tmp_path, monkeypatch, capsys, undr
 )
 def test_a_damaged_record_is_named(tmp_path, undrawn, name, content):
     (tmp_path / "config.yaml").write_text("model_name_or_path: m\ndataset: d\n")
+    (tmp_path / "run.json").write_text("{}")
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=f"{name}.* is damaged: .*restore it, or delete the file"):
         write_report(tmp_path)
@@ -418,6 +455,17 @@ def test_a_damaged_record_is_named(tmp_path, undrawn, name, content):
 def test_a_directory_without_a_run_is_refused(tmp_path, undrawn):
     with pytest.raises(ValueError, match=r"run: want a run directory, got .* no config.yaml"):
         write_report(tmp_path)
+    (tmp_path / "config.yaml").write_text("output_dir: runs/tspin_seed_0")
+    with pytest.raises(ValueError, match=r"which has no run.json; give the output_dir of `tspin run`"):
+        write_report(tmp_path)
+    for seed in (0, 1):
+        make_run(tmp_path / "runs" / f"tspin_seed_{seed}", iterations=1, seed=seed)
+    with pytest.raises(ValueError, match=r"no run.json; give the runs below it: .*runs/tspin_seed_0 .*tspin_seed_1$"):
+        write_report(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"no config.yaml; give the runs below it: .*runs/tspin_seed_0 .*tspin_seed_1$"
+    ):
+        write_report(tmp_path / "runs")
     with pytest.raises(ValueError, match="runs: want at least one run directory, got none"):
         write_report([])
 
