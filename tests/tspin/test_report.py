@@ -490,6 +490,24 @@ def test_titles_of_five_iterations_of_several_methods_keep_off_each_other(tmp_pa
     assert boxes[0].y0 == pytest.approx(boxes[1].y0, abs=3) and boxes[0].x1 < figure.bbox.x1
 
 
+def test_many_groups_have_a_legend_and_points_that_stay_at_their_iterations(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "finish", lambda figure, labels, alt: drawn.append((figure, labels)))
+    rows = [{"iteration": t, "exact_match": 0.5, "log": []} for t in (-1, 0)]
+    runs = [Run(tmp_path / str(i), {"method": "tspin", "seed": 0, "alpha": 1.0 + i}, rows) for i in range(29)]
+    for count in (plotting.CROWDED, 29):
+        figures._scores(group_runs(runs[:count]))
+    (_, few), (figure, many) = drawn
+    assert [len(texts) for _, texts in few] == [plotting.CROWDED] and [len(texts) for _, texts in many] == [0]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"alpha={1.0 + i}" for i in range(29)]
+    xs = [x for line in figure.axes[0].lines for x in line.get_xdata()]
+    assert all(abs(x - round(x)) < 0.25 for x in xs) and len({*map(str, map(plotting.style_of, range(48)))}) == 48
+    figure.draw_without_rendering()
+    assert figure.axes[0].get_window_extent().height > 150
+    plotting.finish(figure, many, "")
+
+
 def test_the_error_of_the_fresh_share_counts_the_pairs_that_it_counts(tmp_path):
     scores = {"fresh_share": 0.5, "fresh_identical": 0.75, "fresh_rows": 16, "exact_match": 0.5, "rows": 16}
     run = Run(tmp_path, {"method": "tspin"}, [{"iteration": 0, "log": [], **scores}])
