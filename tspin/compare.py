@@ -113,9 +113,11 @@ class Comparison:
         """The run directories: of the first seed all arms, then of the next."""
         return [Path(config.output_dir) for config in self.configs.values()]
 
-    def run(self) -> list[RunResult]:
+    def run(self, note: str | None = None) -> list[RunResult]:
         """Do what is not yet done, write the report of all runs to `<output_dir>/report`, and return the results as `runs`.
 
+        Args:
+            note: for the head of the report.
         Raises:
             ValueError: as `SelfPlay.run`; before anything is run, where an arm's directory belongs to another config.
         """
@@ -127,7 +129,7 @@ class Comparison:
             results.append(SharingSelfPlay(config, [result.output_dir for result in results]).run(report=False))
         if PartialState().is_main_process:
             try:
-                write_report(self.runs, self.directory / "report")
+                write_report(self.runs, self.directory / "report", note)
             except Exception:
                 # As in SelfPlay: a picture is no reason to lose the result.
                 logger.exception("the runs are finished, but not their report; `tspin report` on them writes it")

@@ -2,10 +2,11 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from benchmarks.study import claims, plan, result, run
+from benchmarks.study import claims, figures, plan, result, run
 from benchmarks.study.claims import Study
 from benchmarks.study.plan import Arm
 
@@ -40,6 +41,16 @@ def made_row(arm: Arm, curve: list[float], **logged: float) -> dict:
     }
     entries = [{**entry, "last": entry["mean"]} for entry in entries]
     return {"id": arm.id, "keys": dict(arm.keys), "seed": arm.seed, "split": arm.split, "iterations": entries, **facts}
+
+
+def test_the_legend_of_fresh_pairs_keeps_off_the_lines():
+    study = Study.of(run.read_rows(Path(figures.__file__).with_name("rows.jsonl")))
+    figure = figures._mechanism(study)
+    figure.draw_without_rendering()
+    axis = figure.axes[-1]
+    box = axis.get_legend().get_window_extent()
+    paths = [axis.transData.transform_path(line.get_path()) for line in axis.lines]
+    assert not any(path.intersects_bbox(box, filled=False) for path in paths)
 
 
 def tuned_rows(best: dict[str, float]) -> dict[str, dict]:

@@ -280,6 +280,11 @@ def test_what_comes_from_data_is_shown_and_not_obeyed(tmp_path, several):
     assert (tmp_path / "out" / "table.md").read_text().count("\n") < 20
 
 
+def test_the_page_bears_a_note_and_says_what_figure_3_leaves_out(tmp_path, undrawn):
+    text = " ".join(page_of(make_run(tmp_path / "run", iterations=1), None, "<b> a note").texts)
+    assert "<b> a note" in text and "leave out the outermost points" in " ".join(text.split())
+
+
 def test_half_a_character_in_a_response_does_not_stop_the_page(tmp_path, undrawn):
     run = make_run(tmp_path / "run", iterations=1)
     (run / "config.yaml").write_text(json.dumps({"method": "tspin", "iterations": 1, "dataset": EVIL}))
