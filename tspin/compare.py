@@ -8,6 +8,7 @@ the others, with the hashes that they would have recorded. This module deliberat
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import shutil
@@ -44,10 +45,11 @@ _OF_TRAINING = {
 class Arm:
     """A name, which is a directory's too, and the keys in which the arm differs from the common config.
 
-    A name that is a method stands for that method unless the keys name one.
+    A name that is a method stands for that method unless the keys name one; any other needs keys that make it an arm.
 
     Raises:
-        ValueError: the name is no plain word, or the keys are those that the comparison sets itself.
+        ValueError: the name is no plain word, it is no method and has no keys, or the keys are those that the comparison sets
+            itself.
     """
 
     name: str
@@ -62,6 +64,11 @@ class Arm:
             )
         if self.name in METHODS:
             object.__setattr__(self, "keys", {"method": self.name, **self.keys})
+        elif not self.keys:
+            raise ValueError(
+                f"arm {self.name}: want a method ({', '.join(METHODS)}) or keys beside the name, got neither; "
+                f"correct it, or write {self.name}:method=tspin"
+            )
 
     @classmethod
     def from_text(cls, text: str) -> Arm:
@@ -85,7 +92,7 @@ class Comparison:
         arms: one or more; the others are compared with the first.
         seeds: one or more.
     Raises:
-        ValueError: an arm or a seed comes twice, or a config is bad; the arm is named.
+        ValueError: an arm or a seed comes twice, two arms have the same config, or a config is bad; the arm is named.
     """
 
     def __init__(self, values: Mapping[str, Any], arms: Sequence[Arm], seeds: Sequence[int]):
@@ -95,15 +102,22 @@ class Comparison:
             if not given or len(set(given)) < len(given):
                 raise ValueError(f"{name}: want one or more, each once, got {given}")
         self.configs = {(arm.name, seed): _arm_config(values, arm, seed) for seed in seeds for arm in arms}
+        for one, other in itertools.combinations(arms, 2):
+            if not self.configs[one.name, seeds[0]].diff(self.configs[other.name, seeds[0]]):
+                raise ValueError(
+                    f"arms: want arms that differ in some key, got {one.name} and {other.name} with the same config; leave one out"
+                )
 
     @property
     def runs(self) -> list[Path]:
         """The run directories: of the first seed all arms, then of the next."""
         return [Path(config.output_dir) for config in self.configs.values()]
 
-    def run(self) -> list[RunResult]:
+    def run(self, note: str | None = None) -> list[RunResult]:
         """Do what is not yet done, write the report of all runs to `<output_dir>/report`, and return the results as `runs`.
 
+        Args:
+            note: for the head of the report.
         Raises:
             ValueError: as `SelfPlay.run`; before anything is run, where an arm's directory belongs to another config.
         """
@@ -115,7 +129,7 @@ class Comparison:
             results.append(SharingSelfPlay(config, [result.output_dir for result in results]).run(report=False))
         if PartialState().is_main_process:
             try:
-                write_report(self.runs, self.directory / "report")
+                write_report(self.runs, self.directory / "report", note)
             except Exception:
                 # As in SelfPlay: a picture is no reason to lose the result.
                 logger.exception("the runs are finished, but not their report; `tspin report` on them writes it")

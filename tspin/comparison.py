@@ -148,13 +148,13 @@ def _twins(runs: Sequence[Run], configs: Sequence[dict[str, Any]], ignored: Sequ
 
 
 def _labels(configs: list[dict[str, Any]], ignored: Sequence[str]) -> list[str]:
-    """As few keys as tell the groups apart, the method first; of a single group its method."""
+    """The method, and as few keys as tell a group from those of its method; of groups of one method their keys alone."""
     keys = sorted({key for config in configs for key in config} - set(ignored), key=_rank)
     labels = [str(config["method"]) for config in configs]
     for key in keys:
         texts = [f"{label}, {key}={config.get(key)}" for label, config in zip(labels, configs)]
-        if len(set(texts)) > len(set(labels)):
-            labels = texts
+        alike = {label: {text for text, own in zip(texts, labels) if own == label} for label in labels}
+        labels = [text if len(alike[label]) > 1 else label for text, label in zip(texts, labels)]
     if len(configs) > 1 and len({config["method"] for config in configs}) == 1:
         labels = [label.partition(", ")[2] for label in labels]
     return labels

@@ -309,6 +309,12 @@ def _training_hints() -> dict[str, Any]:
     return {key: hints[key] for key in training_fields()}
 
 
+def typed_value(key: str, value: Any) -> Any:
+    """The value of a loop or training key as its field's type; ValueError where it is not one."""
+    hints = typing.get_type_hints(SelfPlayConfig)
+    return _coerce(key, value, hints[key]) if key in loop_fields() else _coerce_training(key, value)
+
+
 def _coerce_training(key: str, value: Any) -> Any:
     """A training key's value, or the list of its values per iteration."""
     if why := _OWNED_BY_THE_LOOP.get("push_to_hub" if key.startswith("hub_") else key):

@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arms = [Arm(method, {"learning_rate": rate}) for method, rate in RATES.items()][: 1 if options.quick else None]
     comparison = Comparison(values, arms, [options.seed])
     comparison.configs[arms[0].name, options.seed].save(directory / "config.yaml")
-    results = comparison.run()
+    results = comparison.run(QUICK_CAVEAT if options.quick else None)
 
     console = Console()
     runs = {arm.name: result.output_dir for arm, result in zip(arms, results)}

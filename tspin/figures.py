@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from matplotlib import rc_context
@@ -20,6 +20,7 @@ from tspin.pair_figures import likelihoods, rewards
 from tspin.plotting import (
     BLACK,
     BLUE,
+    CROWDED,
     GREY,
     LOOK,
     ORANGE,
@@ -138,12 +139,14 @@ def _scores(groups: Sequence[Group]) -> Picture | None:
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(WIDTH, 3.1 * rows), layout="constrained")
     grid = figure.subplots(rows, 2, squeeze=False).flat
+    is_crowded = len(groups) > CROWDED
+    step = min(0.05, 0.4 / len(groups))
     for axis, (key, title, spec, curves) in zip(grid, panels):
         texts = []
         for group, points in curves:
             index = groups.index(group)
             colour, style = style_of(index)
-            shift = 0.05 * (index - (len(groups) - 1) / 2)
+            shift = step * (index - (len(groups) - 1) / 2)
             xs, means = [t + shift for t, _ in points], [estimate.mean for _, estimate in points]
             bars = [_bar(group, key, t, estimate) for t, estimate in points]
             axis.errorbar(
@@ -152,9 +155,9 @@ def _scores(groups: Sequence[Group]) -> Picture | None:
             for run in group.runs if len(group.runs) > 1 else ():
                 own = [(t + shift, score) for t, _ in points if (score := run.score(t, key)) is not None]
                 axis.plot(*zip(*own), color=colour, ls=style, lw=0.7, alpha=0.35)
-            texts.append(
-                end_label(axis, means[-1], group.label if len(groups) > 1 else format(means[-1], spec), colour)
-            )
+            if not is_crowded:
+                label = group.label if len(groups) > 1 else format(means[-1], spec)
+                texts.append(end_label(axis, means[-1], label, colour))
             alts.append(f"{title}, {group.label}: from {means[0]:{spec}} to {means[-1]:{spec}}")
         axis.set(title=title[0].upper() + title[1:], xlabel="policy after iteration (π₀: initial)")
         if key.startswith("exact_match"):
@@ -165,6 +168,8 @@ def _scores(groups: Sequence[Group]) -> Picture | None:
         labels.append((axis, texts))
     for axis in figure.axes[len(panels) :]:
         axis.remove()
+    if is_crowded:
+        legend(figure, [group.label for group in groups])
     return finish(figure, labels, f"Scores by iteration. {'; '.join(alts)}.")
 
 
@@ -173,8 +178,13 @@ def _bar(group: Group, key: str, t: int, estimate: Estimate) -> float:
     if estimate.sd is not None:
         return estimate.sd if math.isfinite(estimate.sd) else 0.0
     rows = {"exact_match": "rows", "exact_match_sampled": "rows", "fresh_share": "fresh_rows"}.get(key, "")
-    counts = [count for run in group.runs if (count := run.score(t, rows))]
-    return math.sqrt(estimate.mean * (1 - estimate.mean) / counts[0]) if counts and 0 <= estimate.mean <= 1 else 0.0
+    known = [run for run in group.runs if run.score(t, key) is not None and run.score(t, rows)]
+    if not known or not 0 <= estimate.mean <= 1:
+        return 0.0
+    count = cast(float, known[0].score(t, rows))
+    if key == "fresh_share":  # y' = y is left out of the share, and not of the rows
+        count *= 1 - (known[0].score(t, "fresh_identical") or 0.0)
+    return math.sqrt(estimate.mean * (1 - estimate.mean) / count) if count else 0.0
 
 
 def _log_length(run: Run, t: int, log: list[dict[str, Any]]) -> float:
@@ -212,7 +222,7 @@ def _series(group: Group, key: str) -> list[tuple[np.ndarray, np.ndarray, np.nda
     return curves
 
 
-def _draw_series(axis: Axes, curves: list[tuple[np.ndarray, np.ndarray, np.ndarray]], colour: str, style: str) -> None:
+def _draw_series(axis: Axes, curves: list[tuple[np.ndarray, np.ndarray, np.ndarray]], colour: str, style: Any) -> None:
     for x, y, sd in curves:
         axis.plot(x, y, color=colour, ls=style, lw=1.5, marker="." if len(x) < 9 else None, ms=5)
         if sd.any():
@@ -263,7 +273,7 @@ def _dynamics_of_methods(groups: Sequence[Group]) -> Picture | None:
     rows = [row for row in rows if any(any(curves) for _, curves in row)]
     if not rows:
         return None
-    figure = Figure(figsize=(WIDTH, 2.15 * len(rows) + 0.5), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.15 * len(rows) + 0.3), layout="constrained")
     grid = figure.subplots(len(rows), 3, squeeze=False)
     for axes, row in zip(grid, rows):
         for axis, (title, curves) in zip(axes, row):

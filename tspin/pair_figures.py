@@ -39,8 +39,9 @@ def rewards(groups: Sequence[Group]) -> Picture | None:
                 _draw_responses(upper[column], tables[t])
                 shares = _draw_margins(lower[column], tables[t])
                 alts.append(f"{group.label}, iteration {t}: {', '.join(shares)} misaligned")
-            prefix = f"{group.label}, " if len(groups) > 1 else ""
-            upper[column].set(title=f"{prefix}iteration {t}", xlabel="log-likelihood, nats")
+            # Above the first panel alone, on a line of its own, where there is room to the right.
+            method = f"{group.label}\n" if len(groups) > 1 and column == 0 else ""
+            upper[column].set(title=f"{method}iteration {t}", xlabel="log-likelihood, nats")
             lower[column].set(xlabel="r(y) less r(y')")
         upper[0].set_ylabel("reward")
         lower[0].set_ylabel("logp(y) less logp(y')")

@@ -18,7 +18,8 @@ BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 SKY, PURPLE, BLACK, GREY = "#56B4E9", "#CC79A7", "#000000", "#555555"
 ROLES = (("chosen", "real y", BLUE), ("rejected", "synthetic y'", VERMILION), ("proto", "proto y0", GREEN))
 _GROUPS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY, BLACK)
-_STYLES = ("-", "--", ":")
+_STYLES = ("-", "--", ":", "-.", (0, (7, 1, 1, 1, 1, 1)), (0, (2, 4)))
+CROWDED = 12  # groups, more than which have a legend instead of labels at the ends of their lines
 WIDTH = 11.6  # inches, of 100 pixels on the page
 LOOK: dict[Any, Any] = {
     "font.size": 9.5,
@@ -65,7 +66,8 @@ def finish(figure: Figure, labels: Iterable[tuple[Axes, list[Any]]], alt: str) -
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axis, texts in labels:
-        _spread_labels(axis, texts)
+        if texts:
+            _spread_labels(axis, texts)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Picture(buffer.getvalue(), round(100 * figure.get_figwidth()), alt)
@@ -93,7 +95,7 @@ def _spread_labels(axis: Axes, texts: list[Any]) -> None:
         text.set_y(to_pixels.inverted().transform((0, y))[1])
 
 
-def style_of(index: int) -> tuple[str, str]:
+def style_of(index: int) -> tuple[str, Any]:
     return _GROUPS[index % len(_GROUPS)], _STYLES[index // len(_GROUPS) % len(_STYLES)]
 
 
@@ -109,9 +111,10 @@ def iteration_ticks(axis: Axes, iterations: Iterable[int], offset: float = 0.0) 
 
 
 def legend(figure: Figure, names: Sequence[str]) -> None:
-    """The names of the methods in their colours, above all panels."""
+    """The names of the methods in their colours, above all panels; the figure grows by its lines."""
     styles = [style_of(i) for i in range(len(names))]
     handles = [figure.axes[0].plot([], [], color=colour, ls=style, lw=2)[0] for colour, style in styles]
     inks = [ink(colour) for colour, _ in styles]
     columns = max(1, min(len(names), 110 // (max(map(len, names)) + 8)))
+    figure.set_figheight(figure.get_figheight() + 0.18 * -(-len(names) // columns))
     figure.legend(handles, names, loc="outside upper left", ncols=columns, frameon=False, labelcolor=inks)

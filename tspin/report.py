@@ -69,12 +69,15 @@ def comparison_markdown(runs: Sequence[str | Path], key: str | None = None) -> s
     return comparison_cells(groups, score_of(groups, key)[0]).markdown()
 
 
-def write_report(runs: str | Path | Sequence[str | Path], folder: str | Path | None = None) -> Path:
+def write_report(
+    runs: str | Path | Sequence[str | Path], folder: str | Path | None = None, note: str | None = None
+) -> Path:
     """Write `report.html`, which needs no other file and no network, its pictures as PNGs beside it, and `table.md`.
 
     Args:
         runs: a run directory, finished or not, or several, which are compared.
         folder: default `<run>/report` for one run, `tspin-report` in the working directory for several.
+        note: a sentence for the head of the page.
     Returns:
         The path of report.html. The same files give the same bytes.
     Raises:
@@ -94,7 +97,7 @@ def write_report(runs: str | Path | Sequence[str | Path], folder: str | Path | N
         storage.write_atomic(folder / f"{name}.png", picture.png)
     storage.write_atomic(folder / "table.md", _markdown(groups).encode())
     path = folder / "report.html"
-    storage.write_atomic(path, render(groups, pictures).encode("utf-8", "backslashreplace"))
+    storage.write_atomic(path, render(groups, pictures, note).encode("utf-8", "backslashreplace"))
     return path
 
 

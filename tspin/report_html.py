@@ -33,7 +33,7 @@ _KINDS = {
 _KINDS |= {"model": "training", "pairs": "pairs", "eval": "evaluation", "eval_initial": "evaluation"}
 
 
-def render(groups: Sequence[Group], pictures: Mapping[str, Picture]) -> str:
+def render(groups: Sequence[Group], pictures: Mapping[str, Picture], note: str | None = None) -> str:
     """The page as one text of HTML."""
     environment = Environment(
         loader=PackageLoader("tspin", ""),
@@ -50,7 +50,7 @@ def render(groups: Sequence[Group], pictures: Mapping[str, Picture]) -> str:
         groups=groups,
         pictures=pictures,
         title=_title(groups),
-        lead=_lead(groups),
+        lead=[*([note] if note else []), *_lead(groups)],
         has_seeds=any(len(group.runs) > 1 for group in groups),
         scores=_scores(groups),
         spread_note=_spread_note(groups),

@@ -25,28 +25,30 @@ class BadRow(ValueError):
     """One row that cannot be used; the message says what was wanted, what came, and the remedy."""
 
 
-def read_rows(name: str, config_name: str | None, split: str) -> Iterator[tuple[str, Mapping | BadRow]]:
+def read_rows(
+    name: str, config_name: str | None, split: str, key: str = "dataset"
+) -> Iterator[tuple[str, Mapping | BadRow]]:
     """The rows of a file, of a directory's files of one split, or of a hub data set, each with the place it lies at.
 
-    A row that cannot be parsed comes as a BadRow, so that the rows after it keep their numbers.
+    A row that cannot be parsed comes as a BadRow, so that the rows after it keep their numbers. key: what errors call the source.
     """
     path = Path(os.path.expanduser(name))
     if path.is_dir():
-        files = _split_files(path / config_name if config_name and (path / config_name).is_dir() else path, split)
+        files = _split_files(path / config_name if config_name and (path / config_name).is_dir() else path, split, key)
     elif path.exists() or path.suffix in _SUFFIXES or name.startswith(("/", ".", "~")):
         files = [path]
     else:
-        yield from _hub_rows(name, config_name, split)
+        yield from _hub_rows(name, config_name, split, key)
         return
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"dataset: want a file, directory or hub name, got {file}, which does not exist")
+            raise FileNotFoundError(f"{key}: want a file, directory or hub name, got {file}, which does not exist")
         if file.suffix not in _SUFFIXES:
-            raise ValueError(f"dataset: want a file that ends in {', '.join(_SUFFIXES)}, got {file}; convert it")
-        yield from (_parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file))
+            raise ValueError(f"{key}: want a file that ends in {', '.join(_SUFFIXES)}, got {file}; convert it")
+        yield from (_parquet_rows(file, key) if file.suffix == ".parquet" else _json_rows(file, key))
 
 
-def _split_files(directory: Path, split: str) -> list[Path]:
+def _split_files(directory: Path, split: str, key: str) -> list[Path]:
     """The files named after the split (train.jsonl, train-00000-of-00002.parquet); all, where none names a split."""
     files = sorted(file for file in directory.iterdir() if file.suffix in _SUFFIXES and file.is_file())
     named = {file: re.match(rf"({re.escape(split)}|{_SPLIT_NAMES})(?=[-_.]|$)", file.stem) for file in files}
@@ -54,11 +56,11 @@ def _split_files(directory: Path, split: str) -> list[Path]:
     if not chosen:
         there = ", ".join(file.name for file in files) or "no data file"
         want = f"{split}*{', '.join(_SUFFIXES)} (dataset_split or eval_split; max_rows takes the first rows)"
-        raise ValueError(f"dataset: want {want} in {directory}, got {there}; name a file or another split")
+        raise ValueError(f"{key}: want {want} in {directory}, got {there}; name a file or another split")
     return chosen
 
 
-def _json_rows(file: Path) -> Iterator[tuple[str, Mapping | BadRow]]:
+def _json_rows(file: Path, key: str) -> Iterator[tuple[str, Mapping | BadRow]]:
     with file.open("rb") as lines:
         start = lines.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
         lines.seek(0)
@@ -66,7 +68,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Mapping | BadRow]]:
             try:
                 rows = json.loads(lines.read().decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"dataset: {file} is not valid JSON: {error}; is it cut short?") from None
+                raise ValueError(f"{key}: {file} is not valid JSON: {error}; is it cut short?") from None
             yield from ((f"{file}, row {number}", record) for number, record in enumerate(rows, 1))
             return
         for number, line in enumerate(lines, 1):
@@ -78,7 +80,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Mapping | BadRow]]:
                 yield f"{file}, line {number}", record
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Mapping]]:
+def _parquet_rows(file: Path, key: str) -> Iterator[tuple[str, Mapping]]:
     number = 0
     try:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
@@ -86,15 +88,15 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Mapping]]:
                 number += 1
                 yield f"{file}, row {number}", record
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"dataset: {file} is not a whole parquet file: {error}; is it cut short?") from None
+        raise ValueError(f"{key}: {file} is not a whole parquet file: {error}; is it cut short?") from None
 
 
-def _hub_rows(name: str, config_name: str | None, split: str) -> Iterator[tuple[str, Any]]:
+def _hub_rows(name: str, config_name: str | None, split: str, key: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = datasets.load_dataset(name, config_name, split=split)
     except Exception as error:
         wanted = f"an existing path or a data set on the hub with config {config_name!r} and split {split!r}"
-        raise ValueError(f"dataset: want {wanted}, got {name!r}: {error}") from error
+        raise ValueError(f"{key}: want {wanted}, got {name!r}: {error}") from error
     yield from ((f"{name}, row {number}", record) for number, record in enumerate(rows, 1))
 
 
@@ -134,7 +136,11 @@ def exchange(
 
 def candidates(record: Any, column: str) -> list[str]:
     """The answers of one row to choose among: a list of texts, one text, or the messages of one (TRL's `rejected`)."""
-    value = record.get(column)
+    if column not in record:
+        raise BadRow(
+            f"column {column!r} is missing; got columns {sorted(map(str, record))}; name another --choices_column"
+        )
+    value = record[column]
     if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
         value = [turn["content"] for turn in _turns(value, "assistant", column)[-1:]]
     texts = [value] if isinstance(value, str) else value

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tspin.config import read_values
+from tspin.config import read_values, typed_value
+
+_COMPUTED_WITH = ("iterations", "seed", "num_train_epochs", "max_steps")
+
+
+_MEMBERS = ("logps/chosen", "logps/rejected", "logps/proto", "rewards/chosen", "rewards/rejected")
+_PAIRS = pa.schema(
+    [
+        pa.field("set", pa.string(), nullable=False),
+        pa.field("identical", pa.bool_(), nullable=False),
+        *((name, pa.float64()) for name in _MEMBERS),
+    ]
+)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -46,6 +59,17 @@ def _json_object(text: bytes, where: str) -> dict[str, Any]:
     raise ValueError(f"{where} is damaged: {problem}; restore it, or delete the file") from None
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """The flat keys, of which only those are checked that somebody computes with: another version may have had others."""
+    values = read_values(path)
+    try:
+        values |= {key: typed_value(key, values[key]) for key in _COMPUTED_WITH if key in values}
+        re.compile(values.get("answer_pattern") or "")
+    except (TypeError, ValueError, re.error) as error:
+        raise ValueError(f"{path} is damaged: {error}; restore it, or correct the line") from None
+    return values
+
+
 def _read_timings(path: Path) -> list[dict[str, Any]]:
     entries = read_json_lines(path)
     if not all(
@@ -69,8 +93,13 @@ def read_iterations(run_dir: str | Path) -> list[dict[str, Any]]:
         ValueError: the directory holds no run, or a file of it is damaged.
     """
     directory = Path(run_dir)
-    if not (directory / "config.yaml").exists():
-        raise ValueError(f"run: want a run directory, got {directory}, which has no config.yaml")
+    if lacks := _lacks(directory):
+        below = sorted(str(path.parent) for depth in ("*", "*/*") for path in directory.glob(f"{depth}/run.json"))
+        remedy = f"give the runs below it: {' '.join(below[:6])}{' ...' * (len(below) > 6)}"
+        raise ValueError(
+            f"run: want a run directory, got {directory}, which has no {lacks}; "
+            f"{remedy if below else 'give the output_dir of `tspin run`'}"
+        )
     rows = []
     for t, evaluation, log in [
         (-1, directory / "eval_initial.json", []),
@@ -86,6 +115,12 @@ def read_iterations(run_dir: str | Path) -> list[dict[str, Any]]:
         if scores or log:
             rows.append({**means, **scores, "iteration": t, "log": log})
     return rows
+
+
+def _lacks(directory: Path) -> str | None:
+    """What a run binds its directory with, and this one does not hold: a config.yaml alone may be anybody's."""
+    known = {name: (directory / name).exists() for name in ("config.yaml", "run.json", "state.json")}
+    return "config.yaml" if not known["config.yaml"] else None if any([*known.values()][1:]) else "run.json"
 
 
 def _mean(values: list[float]) -> float:
@@ -125,7 +160,7 @@ class Run:
         stages = json_of("state.json", "done").get("done", {})
         return cls(
             directory=directory,
-            config=read_values(directory / "config.yaml"),
+            config=_read_config(directory / "config.yaml"),
             rows=rows,
             record=json_of("run.json", "versions", "data", "eval_data", "model"),
             stages={name: made for name, made in stages.items() if isinstance(made, dict)},
@@ -141,12 +176,23 @@ class Run:
         return next((row.get(key) for row in self.rows if row["iteration"] == t), None)
 
     def pairs(self, t: int) -> dict[str, np.ndarray] | None:
-        """The columns of `tspin.pairs` at the end of iteration t, nan for null; None where there are none."""
-        try:
-            table = pq.read_table(self.directory / f"iter_{t:02d}" / "pairs.parquet")
-        except (OSError, pa.ArrowException):
+        """The pairs of `tspin.pairs` at the end of iteration t, nan for null; None where there are none.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        path = self.directory / f"iter_{t:02d}" / "pairs.parquet"
+        if not path.exists():
             return None
-        return {name: table[name].to_numpy() for name in table.column_names}
+        try:
+            table = pq.read_table(path).select(_PAIRS.names).cast(_PAIRS)
+            return {name: table[name].to_numpy() for name in table.column_names}
+        except (KeyError, OSError, ValueError, pa.ArrowException) as error:
+            problem, *_ = [*str(error).splitlines(), ""]
+            raise ValueError(
+                f"{path} is damaged: want a parquet file as tspin.pairs makes it: {problem}; "
+                "restore it, or delete the file"
+            ) from None
 
     def prompts(self, count: int) -> list[Prompt]:
         """The first rows of the training data: what `responses` can be shown beside. Empty before the first triplets are built."""

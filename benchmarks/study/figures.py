@@ -136,7 +136,9 @@ def _mechanism(study: Study) -> Any:
     axes[-1].set(
         title="Fresh pairs, y < y'", xlabel="iteration", ylabel="share with logp(y) < logp(y')", ylim=(0, None)
     )
-    axes[-1].legend(frameon=False, fontsize=8)
+    # Above the lines, which fall from the upper left.
+    axes[-1].set_ylim(top=1.35 * axes[-1].get_ylim()[1])
+    axes[-1].legend(frameon=False, fontsize=8, loc="upper right")
     return figure
 
 

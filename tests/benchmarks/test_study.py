@@ -3,10 +3,11 @@
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from benchmarks.study import claims, plan, result, run
+from benchmarks.study import claims, figures, plan, result, run
 from benchmarks.study.claims import Study
 from benchmarks.study.plan import Arm
 
@@ -48,6 +49,16 @@ def made_row(arm: Arm, curve: list[float], **logged: float) -> dict:
         "pi_0_sha256": f"pupil {arm.seed}",
     }
     return {**facts, "iterations": entries}
+
+
+def test_the_legend_of_fresh_pairs_keeps_off_the_lines():
+    study = Study.of(run.read_rows(Path(figures.__file__).with_name("rows.jsonl")))
+    figure = figures._mechanism(study)
+    figure.draw_without_rendering()
+    axis = figure.axes[-1]
+    box = axis.get_legend().get_window_extent()
+    paths = [axis.transData.transform_path(line.get_path()) for line in axis.lines]
+    assert not any(path.intersects_bbox(box, filled=False) for path in paths)
 
 
 def tuned_rows(best: dict[str, float]) -> dict[str, dict]:

@@ -142,6 +142,8 @@ def test_arms_from_words_and_from_a_file(toy, tmp_path):
     fast = comparison.configs["fast", 4]
     assert fast.training["learning_rate"] == [1e-5, 3e-6] and fast.training["method"] == "spin"
     assert fast.model_name_or_path == "pupil-4" and fast.seed == 4 and Path(fast.output_dir).name == "fast_seed_4"
+    common = read_comparison({**values, "method": "spin"}, "spin", ["slow:learning_rate=1e-6"], "0")
+    assert common.configs["slow", 0].training["method"] == "spin"
     from_file = read_comparison(
         {**values, "arms": {"tspin": None, "low": {"method": "sft", "learning_rate": 1e-6}}, "seeds": [0]}
     )
@@ -161,6 +163,22 @@ def test_arms_from_words_and_from_a_file(toy, tmp_path):
         ({}, None, ["spin:lam"], "0", "arm: want name:key=value"),
         ({}, None, ["spin:seed=3"], "0", "arm spin: seed may not be set"),
         ({}, None, ["spin:lamb=3"], "0", "arm spin: unknown key 'lamb'; did you mean lam"),
+        (
+            {},
+            "tspin,foo",
+            [],
+            "0",
+            r"arm foo: want a method \(tspin, .*sft.*\) or keys .*; correct it, or write foo:method=tspin",
+        ),
+        ({"arms": {"foo": None}}, None, [], "0", "arm foo: want a method"),
+        (
+            {},
+            "tspin",
+            ["same:method=tspin"],
+            "0",
+            "arms: want arms that differ .* tspin and same with the same config; leave",
+        ),
+        ({"beta": 0.3}, "spin", ["same:beta=0.3,method=spin"], "0", "spin and same with the same config"),
         ({"arms": ["tspin"]}, None, [], "0", "arms: want lines `name: {key: value, ...}`"),
     ],
 )

@@ -105,6 +105,18 @@ def test_labels_name_the_method_only_where_it_differs():
     assert [g.label for g in group_runs([run("a", method="spin", lam=1.0), run("b")])] == ["spin", "tspin"]
 
 
+def test_a_label_has_the_keys_that_part_its_method_and_none_of_another(tmp_path):
+    runs = [
+        run("a", alpha=0.3),
+        run("b"),
+        run("c", method="spin"),
+        run("d", method="spin", lam=1.0),
+        run("e", method="sft"),
+    ]
+    labels = ["tspin, alpha=0.3", "tspin, alpha=1.0", "spin, lam=0.1", "spin, lam=1.0", "sft"]
+    assert [g.label for g in group_runs(runs)] == labels
+
+
 def test_models_part_groups_only_where_seeds_do_not():
     runs = [run(f"{model}{seed}", seed=seed, model_name_or_path=model) for model in "xy" for seed in (0, 1)]
     groups = group_runs(runs)
@@ -116,6 +128,7 @@ def test_the_same_sample_twice_is_refused(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(json.dumps({"method": "spin", "seed": 3, "output_dir": name}))
+        (tmp_path / name / "run.json").write_text("{}")
     with pytest.raises(
         ValueError, match=r"want runs that differ in config or seed, got .*one and .*two.*leave one out"
     ):

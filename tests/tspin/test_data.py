@@ -152,6 +152,10 @@ def test_choices_are_the_other_answers_of_a_held_out_row(tmp_path):
         write_jsonl(path, [{"prompt": "q", "response": "b", "all": wrong}])
         with pytest.raises(BadRow, match="column 'all': want"):
             load_examples(config_for(path, **options), TOKENIZER, split="eval")
+    with pytest.raises(
+        BadRow, match=r"column 'nope' is missing; got columns \['all', .*; name another --choices_column"
+    ):
+        load_examples(config_for(path, **options | {"choices_column": "nope"}), TOKENIZER, split="eval")
 
 
 @quick
@@ -356,6 +360,19 @@ def test_files_directories_splits_and_first_rows(tmp_path):
 def test_a_missing_path_is_named(name):
     with pytest.raises(FileNotFoundError, match="absent"):
         list(read_rows(name, None, "train"))
+
+
+def test_held_out_rows_that_cannot_be_read_blame_their_own_key(tmp_path):
+    there = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "q", "response": "b"}])
+    for name in ("absent.jsonl", "rows.csv", "cut.json", "cut.parquet", "folder"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        path = tmp_path / name
+        if path.suffix and name != "absent.jsonl":
+            path.write_text("[")
+        for key in ("dataset", "eval_dataset"):
+            config = config_for(there, **{"dataset": str(there), key: str(path)})
+            with pytest.raises((FileNotFoundError, ValueError), match=f"^{key}: "):
+                load_examples(config, TOKENIZER, split="train" if key == "dataset" else "eval")
 
 
 def test_other_kinds_of_file_are_refused_and_a_byte_order_mark_is_not(tmp_path):

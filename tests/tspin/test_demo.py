@@ -70,7 +70,7 @@ def test_the_demo_compares_and_leaves_a_config_that_gives_the_same_weights(tiny,
     assert runs == ["sft_seed_0", "spin_seed_0", "tspin_seed_0"]
     assert "greedy greedy greedy sampled sampled sampled" in shown and "4 held-out sums" in shown
     assert "does not show" in shown and "mean nothing" not in shown
-    assert (directory / "runs" / "report" / "report.html").exists()
+    assert "mean nothing" not in (directory / "runs" / "report" / "report.html").read_text()
     config = SelfPlayConfig.from_file(directory / "config.yaml", {"output_dir": str(tmp_path / "again")})
     again = SelfPlay(config).run(report=False)
     assert again.model_hash == model_hash(directory / "runs" / "tspin_seed_0" / "iter_00" / "model")
@@ -87,3 +87,5 @@ def test_the_quick_demo_is_one_arm_and_says_that_it_means_nothing(tiny, tmp_path
     shown = " ".join(capsys.readouterr().out.split())
     assert [path.name for path in (tmp_path / "runs").glob("*_seed_*")] == ["tspin_seed_0"]
     assert "Its numbers mean nothing" in shown and "does not show" not in shown
+    page = (tmp_path / "runs" / "report" / "report.html").read_text()
+    assert "Its numbers mean nothing" in page.partition("<main>")[0]

@@ -5,14 +5,17 @@ import io
 import itertools
 import json
 import math
+import re
 from html.parser import HTMLParser
 
 import pyarrow as pa
 import pytest
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from tspin import cli, figures, plotting, storage
+from tspin import cli, figures, pair_figures, plotting, storage
+from tspin.comparison import Estimate, group_runs
 from tspin.report import (
     comparison_markdown,
     comparison_table,
@@ -20,6 +23,7 @@ from tspin.report import (
     read_iterations,
     write_report,
 )
+from tspin.run_files import Run
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -109,8 +113,8 @@ def writers(directory, *, prompt="1+1=", answer="#2", sampled="#3", **config):
 
     record = {"processes": 1, "device": "cpu", "versions": {"tspin": "0.1.0"}, "data": {"rows": 4, "sha256": "d" * 64}}
     steps = [
-        lambda: storage.write_atomic(directory / "config.yaml", json.dumps(values).encode()),
         lambda: storage.write_json(directory / "run.json", record),
+        lambda: storage.write_atomic(directory / "config.yaml", json.dumps(values).encode()),
         *staged("eval_initial", directory / "eval_initial.json", lambda path: storage.write_json(path, scores(-1))),
     ]
     for t in range(values["iterations"]):
@@ -216,6 +220,8 @@ def test_a_report_can_be_made_after_every_file_that_the_loop_writes(tmp_path, mo
     pictures = {3: 1, 9: 2, 12: 4}
     for count, write in enumerate(steps, 1):
         write()
+        if count == 1:  # run.json, which makes no run without config.yaml
+            continue
         monkeypatch.setattr(figures, "draw", draw if count in pictures else lambda groups: {})
         page = page_of(run)
         assert any(text.startswith("Unfinished") for text in page.texts) == (count < len(steps))
@@ -274,6 +280,11 @@ def test_what_comes_from_data_is_shown_and_not_obeyed(tmp_path, several):
     assert (tmp_path / "out" / "table.md").read_text().count("\n") < 20
 
 
+def test_the_page_bears_a_note_and_says_what_figure_3_leaves_out(tmp_path, undrawn):
+    text = " ".join(page_of(make_run(tmp_path / "run", iterations=1), None, "<b> a note").texts)
+    assert "<b> a note" in text and "leave out the outermost points" in " ".join(text.split())
+
+
 def test_half_a_character_in_a_response_does_not_stop_the_page(tmp_path, undrawn):
     run = make_run(tmp_path / "run", iterations=1)
     (run / "config.yaml").write_text(json.dumps({"method": "tspin", "iterations": 1, "dataset": EVIL}))
@@ -314,9 +325,43 @@ def test_a_torn_shard_of_samples_is_left_out(tmp_path):
     run = make_run(tmp_path / "run", iterations=1)
     (path,) = (run / "iter_00" / "synthetic").iterdir()
     path.write_bytes(path.read_bytes()[:100])
-    (run / "iter_00" / "pairs.parquet").write_bytes(b"PAR1")
-    page = page_of(run)
-    assert "No pairs with rewards are scored yet." in page.texts
+    assert "No triplets are built yet." in page_of(run).texts
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda path: path.write_bytes(b"PAR1"),
+        lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        lambda path: storage.write_parquet(path, pa.table({"row": [1, 2]})),
+        lambda path: storage.write_parquet(path, pairs_of(0).drop_columns(["logps/proto"])),
+        lambda path: storage.write_parquet(
+            path, pairs_of(0).set_column(2, "identical", pa.array([None] * 8, pa.bool_()))
+        ),
+        lambda path: storage.write_parquet(path, pairs_of(0).set_column(3, "logps/chosen", pa.array(["x"] * 8))),
+    ],
+)
+def test_damaged_pairs_are_named(tmp_path, alter):
+    run = make_run(tmp_path / "run", iterations=1)
+    alter(run / "iter_00" / "pairs.parquet")
+    with pytest.raises(ValueError, match=r"pairs.parquet is damaged: want .*; restore it, or delete the file"):
+        write_report(run)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("iterations", "two", "iterations: want int, got 'two'"),
+        ("seed", None, "seed: want int, got None"),
+        ("max_steps", [3, "x"], "max_steps: want int, got 'x'"),
+        ("answer_pattern", "(", "missing"),
+    ],
+)
+def test_a_value_that_a_report_computes_with_is_checked(tmp_path, undrawn, key, value, message):
+    run = make_run(tmp_path / "run", iterations=1)
+    (run / "config.yaml").write_text(json.dumps({"method": "tspin", key: value}))
+    with pytest.raises(ValueError, match=rf"config.yaml is damaged: {message}.*; restore it, or correct the line"):
+        write_report(run)
 
 
 def test_numbers_that_are_not_finite_stop_no_picture(tmp_path):
@@ -359,6 +404,27 @@ def test_several_runs_are_compared_by_method_with_spread_over_seeds(tmp_path):
     assert "| spin | 3 |" in comparison_markdown(runs)
 
 
+def test_the_last_of_five_iterations_is_on_the_page_and_long_names_wrap(tmp_path, undrawn):
+    runs = [
+        make_run(tmp_path / f"{method}-{seed}", method=method, seed=seed)
+        for method in ("tspin", "spin")
+        for seed in (0, 1)
+    ]
+    style, _, body = write_report(runs, tmp_path / "out").read_text().partition("</style>")
+    assert re.search(r'<td>\+0.000<span class="line"> \[\+0.000, \+0.000\]</span></td>', body)
+    sizes = [
+        ("body", "max-width"),
+        (r"\.samples td", "min-width"),
+        (r"\.samples td", "padding-right"),
+        ("tbody th", "min-width"),
+    ]
+    width, least, gap, label = (
+        float(re.search(rf"{name} {{[^}}]*{key}: ([\d.]+)rem", style)[1]) for name, key in sizes
+    )
+    assert label + 7 * (least + gap) < width, "y0 and y' of pi_0 to pi_5"
+    assert re.search(r"\nh1, [^}]*overflow-wrap: anywhere", style)
+
+
 def test_the_command_writes_where_it_is_told(tmp_path, monkeypatch, capsys, undrawn):
     run = make_run(tmp_path / "run", iterations=1)
     other = make_run(tmp_path / "other", iterations=1, seed=1)
@@ -385,6 +451,7 @@ def test_the_command_writes_where_it_is_told(tmp_path, monkeypatch, capsys, undr
 )
 def test_a_damaged_record_is_named(tmp_path, undrawn, name, content):
     (tmp_path / "config.yaml").write_text("model_name_or_path: m\ndataset: d\n")
+    (tmp_path / "run.json").write_text("{}")
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=f"{name}.* is damaged: .*restore it, or delete the file"):
         write_report(tmp_path)
@@ -393,8 +460,65 @@ def test_a_damaged_record_is_named(tmp_path, undrawn, name, content):
 def test_a_directory_without_a_run_is_refused(tmp_path, undrawn):
     with pytest.raises(ValueError, match=r"run: want a run directory, got .* no config.yaml"):
         write_report(tmp_path)
+    (tmp_path / "config.yaml").write_text("output_dir: runs/tspin_seed_0")
+    with pytest.raises(ValueError, match=r"which has no run.json; give the output_dir of `tspin run`"):
+        write_report(tmp_path)
+    for seed in (0, 1):
+        make_run(tmp_path / "runs" / f"tspin_seed_{seed}", iterations=1, seed=seed)
+    with pytest.raises(ValueError, match=r"no run.json; give the runs below it: .*runs/tspin_seed_0 .*tspin_seed_1$"):
+        write_report(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"no config.yaml; give the runs below it: .*runs/tspin_seed_0 .*tspin_seed_1$"
+    ):
+        write_report(tmp_path / "runs")
     with pytest.raises(ValueError, match="runs: want at least one run directory, got none"):
         write_report([])
+
+
+def test_titles_of_five_iterations_of_several_methods_keep_off_each_other(tmp_path, monkeypatch):
+    figures_drawn = []
+    monkeypatch.setattr(pair_figures, "finish", lambda figure, labels, alt: figures_drawn.append(figure))
+    methods = ("tspin", "tspin_no_history")
+    runs = [make_run(tmp_path / method, method=method, iterations=5) for method in methods]
+    with rc_context(plotting.LOOK):
+        pair_figures.rewards(group_runs(runs))
+    (figure,) = figures_drawn
+    figure.draw_without_rendering()
+    titles = [axis._left_title for axis in figure.axes if axis._left_title.get_text()]
+    assert [title.get_text() for title in titles] == [
+        f"{method}\n" * (t == 0) + f"iteration {t}" for method in methods for t in range(5)
+    ]
+    boxes = [title.get_window_extent() for title in titles]
+    # A method's line lies above those of the iterations, whose lines keep off each other.
+    lower = [box if i % 5 else box.from_extents(box.x0, box.y0, box.x0 + 1, box.y1) for i, box in enumerate(boxes)]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(lower, 2))
+    assert boxes[0].y0 == pytest.approx(boxes[1].y0, abs=3) and boxes[0].x1 < figure.bbox.x1
+
+
+def test_many_groups_have_a_legend_and_points_that_stay_at_their_iterations(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "finish", lambda figure, labels, alt: drawn.append((figure, labels)))
+    rows = [{"iteration": t, "exact_match": 0.5, "log": []} for t in (-1, 0)]
+    runs = [Run(tmp_path / str(i), {"method": "tspin", "seed": 0, "alpha": 1.0 + i}, rows) for i in range(29)]
+    for count in (plotting.CROWDED, 29):
+        figures._scores(group_runs(runs[:count]))
+    (_, few), (figure, many) = drawn
+    assert [len(texts) for _, texts in few] == [plotting.CROWDED] and [len(texts) for _, texts in many] == [0]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"alpha={1.0 + i}" for i in range(29)]
+    xs = [x for line in figure.axes[0].lines for x in line.get_xdata()]
+    assert all(abs(x - round(x)) < 0.25 for x in xs) and len({*map(str, map(plotting.style_of, range(48)))}) == 48
+    figure.draw_without_rendering()
+    assert figure.axes[0].get_window_extent().height > 150
+    plotting.finish(figure, many, "")
+
+
+def test_the_error_of_the_fresh_share_counts_the_pairs_that_it_counts(tmp_path):
+    scores = {"fresh_share": 0.5, "fresh_identical": 0.75, "fresh_rows": 16, "exact_match": 0.5, "rows": 16}
+    run = Run(tmp_path, {"method": "tspin"}, [{"iteration": 0, "log": [], **scores}])
+    (group,) = group_runs([run])
+    bar = lambda key: figures._bar(group, key, 0, Estimate.of([0.5]))
+    assert bar("fresh_share") == pytest.approx(0.5 / math.sqrt(4)) and bar("exact_match") == pytest.approx(0.5 / 4)
 
 
 def test_labels_at_the_ends_of_lines_do_not_overlap():
