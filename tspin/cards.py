@@ -16,6 +16,7 @@ import yaml
 
 from tspin import storage
 from tspin.config import SelfPlayConfig
+from tspin.ledger import Ledger
 from tspin.report import read_iterations
 from tspin.trainer import TSPINConfig
 
@@ -91,7 +92,8 @@ class _Run:
         self.directory = directory
         self.config = SelfPlayConfig.from_file(directory / "config.yaml")
         self.record = storage.read_record(directory / "run.json")
-        self.done = storage.read_record(directory / "state.json")["done"]
+        self.ledger = Ledger(directory)
+        self.ledger.read()
         self.scores = {row["iteration"]: row for row in read_iterations(directory)}
         self.tables: dict[int, tuple[list[str], int, str]] = {}
         for t in self.finished("triplets"):
@@ -106,11 +108,13 @@ class _Run:
 
     def finished(self, stage: str) -> list[int]:
         """The iterations that have done a stage and still hold what it made."""
-        done = {t: self.done.get(f"iter_{t:02d}/{stage}") for t in range(self.config.iterations)}
+        done = {t: self.ledger.done.get(f"iter_{t:02d}/{stage}") for t in range(self.config.iterations)}
         return [t for t, made in done.items() if made and all((self.directory / path).exists() for path in made)]
 
-    def training_args(self, t: int) -> TSPINConfig:
-        return TSPINConfig(str(self.directory), **self.config.training_at(t))
+    def config_of(self, t: int, stage: str) -> SelfPlayConfig:
+        """The config that a stage was done with; the present one where an older state.json does not say."""
+        origin = self.ledger.origin_of(f"iter_{t:02d}/{stage}")
+        return self.config if origin is None else SelfPlayConfig.from_dict(origin["config"])
 
     @property
     def base(self) -> tuple[str | None, str]:
@@ -122,10 +126,10 @@ class _Run:
         name = Path(self.config.model_name_or_path).name
         return None, f"a local checkpoint, `{name}`, SHA-256 of its weights `{storage.hash_json(weights)}`"
 
-    @property
-    def source(self) -> tuple[str | None, str]:
-        """The annotated rows as a hub name, None for local ones, and in words."""
-        name, data = self.config.dataset, self.record["data"]
+    def source(self, t: int) -> tuple[str | None, str]:
+        """The annotated rows of an iteration as a hub name, None for local ones, and in words."""
+        origin = self.ledger.origin_of(f"iter_{t:02d}/triplets")
+        name, data = self.config_of(t, "triplets").dataset, (origin or self.record)["data"]
         rows = f"{data['rows']} rows, SHA-256 of their token ids `{data['sha256']}`"
         is_local = Path(name).suffix in (".jsonl", ".json", ".parquet") or name[0] in "./~" or Path(name).exists()
         if not is_local:
@@ -135,26 +139,26 @@ class _Run:
 
 def model_card(run: _Run, t: int) -> str:
     """The card of the policy that iteration t ended with."""
-    (base, base_text), (source, source_text), config = run.base, run.source, run.config
+    (base, base_text), (source, source_text), config = run.base, run.source(t), run.config_of(t, "train")
     head: dict[str, Any] = {"base_model": base} if base else {}
     head |= {"datasets": [source]} if source else {}
     head |= {"library_name": "transformers", "license": "unknown", "pipeline_tag": "text-generation"}
     head |= {"tags": ["self-play", "tspin", "t-spin"]}
-    args = run.training_args(t)
+    args = TSPINConfig(str(run.directory), **config.training_at(t))
     method, prompt = _METHODS[args.method], config.prompt_template
     given = {key: value for key, value in sorted(config.training_at(t).items()) if key not in _TOLD}
     facts = {
         "Base model": base_text,
-        "Method": f"{method}, iteration {t} of 0 to {config.iterations - 1}",
+        "Method": f"{method}, iteration {t} of 0 to {run.config.iterations - 1}",
         **_coefficients(args, t),
         "Learning rate": f"{args.learning_rate:g}, {args.num_train_epochs:g} epochs, {getattr(args.optim, 'value', args.optim)}",
         "Other settings": ", ".join(f"`{key}: {value}`" for key, value in given.items()) or "defaults",
         "Adapters": f"LoRA of rank {config.lora_r}, alpha {config.lora_alpha}, merged" if config.use_peft else "none",
         "Data": source_text,
-        **({} if args.method == "sft" else {"Samples": _sampling(config)}),
+        **({} if args.method == "sft" else {"Samples": _sampling(run.config_of(t, "synthetic"))}),
         "Prompt template": "the tokenizer's chat template" if prompt == "chat" else f"`{prompt!r}`",
         "Seed": str(config.seed),
-        "SHA-256 of its other files": f"`{run.done[f'iter_{t:02d}/model'][f'iter_{t:02d}/model']}`",
+        "SHA-256 of its other files": f"`{run.ledger.done[f'iter_{t:02d}/model'][f'iter_{t:02d}/model']}`",
     }
     return "\n".join(
         [
@@ -180,8 +184,8 @@ def model_card(run: _Run, t: int) -> str:
 
 def data_card(run: _Run) -> str:
     """The card of the triplets of all iterations so far, one configuration each."""
-    (base, base_text), (_, source_text), config = run.base, run.source, run.config
     built = list(run.tables)
+    (base, base_text), (_, source_text) = run.base, run.source(built[-1])
     files = [{"config_name": f"iter_{t:02d}", "data_files": f"iter_{t:02d}/triplets.parquet"} for t in built]
     files[-1]["default"] = True  # type: ignore[assignment]
     head = {"configs": files, "license": "unknown", "tags": ["self-play", "tspin", "t-spin"]}
@@ -199,9 +203,13 @@ def data_card(run: _Run) -> str:
     parts = ["# Annotated prompts of a run of the package tspin\n"]
     usage: list[str] = []
     if "rejected" in names:
-        made_from["Samples"] = _sampling(config)
+        ways = {t: _sampling(run.config_of(t, "synthetic")) for t in built}
+        is_one = len(set(ways.values())) == 1
+        made_from["Samples"] = (
+            ways[built[-1]] if is_one else "; ".join(f"iter_{t:02d} {way}" for t, way in ways.items())
+        )
         parts = [
-            f"# Triplets of self-play from {base or Path(config.model_name_or_path).name}\n",
+            f"# Triplets of self-play from {base or Path(run.config.model_name_or_path).name}\n",
             "Prompts with their annotated responses and, of each iteration, the model's own: the columns of TRL's preference data "
             "sets, so that TRL takes them as they are.\n",
         ]

@@ -1,7 +1,6 @@
 """Cards, uploads and trackers: they tell what the run recorded, alter none of it, and leak neither paths nor tokens."""
 
 import json
-import re
 import shutil
 import socket
 
@@ -15,6 +14,7 @@ from test_loop import make_toy, toy_config
 
 from tspin import cli, storage
 from tspin.cards import write_cards
+from tspin.config import SelfPlayConfig
 from tspin.loop import SelfPlay
 from tspin.push import push
 from tspin.trainer import TSPINConfig
@@ -39,6 +39,16 @@ def run(toy):
 @pytest.fixture
 def mine(run, tmp_path):
     return shutil.copytree(run, tmp_path / "mine")
+
+
+def change(run, **keys):
+    """As if the run had been made with these keys."""
+    config = SelfPlayConfig.from_file(run / "config.yaml", keys)
+    config.save(run / "config.yaml")
+    state = storage.read_record(run / "state.json")
+    for origin in state["origins"]:
+        origin["config"] = config.to_dict()
+    storage.write_record(run / "state.json", state)
 
 
 def card_of(path):
@@ -97,8 +107,7 @@ def test_cards_hold_no_path_of_this_machine(run, toy):
 def test_hub_names_become_links(mine):
     record = storage.read_record(mine / "run.json") | {"model": {"name": "Qwen/Qwen2.5-1.5B", "commit": "abc"}}
     storage.write_record(mine / "run.json", record)
-    config = (mine / "config.yaml").read_text()
-    (mine / "config.yaml").write_text(re.sub("^dataset: .*$", "dataset: openai/gsm8k", config, flags=re.M))
+    change(mine, dataset="openai/gsm8k")
     write_cards(mine)
     card = card_of(mine / "iter_01" / "model" / "README.md")
     assert card.data.base_model == "Qwen/Qwen2.5-1.5B" and card.data.datasets == ["openai/gsm8k"]
@@ -112,8 +121,7 @@ def test_hub_names_become_links(mine):
     ("tspin_ref", "T-SPIN with a reference"),
 ])  # fmt: skip
 def test_cards_of_other_methods(mine, method, told):
-    config = (mine / "config.yaml").read_text()
-    (mine / "config.yaml").write_text(config + f"method: {method}\n")
+    change(mine, method=method)
     write_cards(mine)
     text = (mine / "iter_01" / "model" / "README.md").read_text()
     assert told in text and ("Coefficients" in text) == ("| Samples |" in text) == (method != "sft")
@@ -140,6 +148,18 @@ def test_a_card_changes_no_hash_and_is_the_same_wherever_it_is_made(mine, toy, c
     SelfPlay(toy_config(toy, mine, report_to="tensorboard", **SHORT)).run()
     assert storage.read_json(mine / "state.json") == before and "altered" not in caplog.text, "no stage is done again"
     assert {path.relative_to(mine): path.read_bytes() for path in mine.rglob("README.md")} == cards
+
+
+def test_a_card_tells_the_settings_that_its_iteration_was_made_with(mine, toy):
+    before = (mine / "iter_00" / "model" / "README.md").read_text()
+    more = {"iterations": 3, "learning_rate": 1e-2, "temperature": 0.5, "allow_config_change": True}
+    SelfPlay(toy_config(toy, mine, report_to="tensorboard", **SHORT | more)).run()
+    cards = [(mine / f"iter_0{t}" / "model" / "README.md").read_text() for t in range(3)]
+    assert cards[0] == before.replace("0 of 0 to 1", "0 of 0 to 2")
+    for card, rate, temperature in zip(cards, ("0.001", "0.001", "0.01"), ("0.9", "0.9", "0.5"), strict=True):
+        assert f"| Learning rate | {rate}, " in card and f"| at temperature {temperature}, " in card
+    told = [f"iter_0{t} at temperature {temperature}, " for t, temperature in enumerate(("0.9", "0.9", "0.5"))]
+    assert all(text in (mine / "README.md").read_text() for text in told)
 
 
 class Hub:
