@@ -1,11 +1,14 @@
 """What a run says of its models and its data, as the hub's cards: README.md files whose YAML head `huggingface_hub` reads.
 
 A card is a pure function of what the run directory records, so that a run made twice, or resumed, has the same bytes: no times, no
-path of this machine. The loop writes the cards after each iteration; a hash of a stage leaves README.md out (`storage`).
+path of this machine. The loop writes the cards after each iteration; a hash of a stage leaves README.md out (`storage`). A card
+that somebody has changed, its licence say, is left as it is: the hash at its end tells.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -31,28 +34,29 @@ _SCORES = (
     ("log-prob of an annotated response, nats", "logprob", ".2f"),
     ("own samples likelier than the annotated response", "fresh_share", ".3f"),
 )
-# What a card tells by itself, or what is about a machine.
-_TOLD = {
-    "method",
-    "alpha",
-    "beta",
-    "beta_first_iteration",
-    "lam",
-    "learning_rate",
-    "num_train_epochs",
-    "optim",
-    "loss_type",
+# Further settings that a card shows where they are given; others may hold paths of this machine.
+_SHOWN = {
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "drop_identical",
+    "fp16",
+    "fused",
+    "gradient_accumulation_steps",
 }
-_TOLD |= {
-    "logp_reduction",
-    "sft_coef",
-    "entropy_coef",
-    "use_cpu",
-    "disable_tqdm",
-    "report_to",
-    "deepspeed",
-    "fsdp_config",
+_SHOWN |= {
+    "gradient_checkpointing",
+    "lr_scheduler_kwargs",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "max_length",
+    "max_steps",
 }
+_SHOWN |= {"neftune_noise_alpha", "optim_args", "per_device_train_batch_size", "prefix_sharing", "sequence_tiling"}
+_SHOWN |= {"sequential_backward", "spin_mix_previous", "tf32", "warmup_ratio", "warmup_steps", "weight_decay"}
+# Ends a card, after the SHA-256 of what stands before it.
+_MARK = "\n<!-- written by tspin, SHA-256 {} -->\n"
 _CITATION = """```bibtex
 @inproceedings{wang2025triplets,
   title     = {Triplets Better Than Pairs: Towards Stable and Effective Self-Play Fine-Tuning for {LLMs}},
@@ -77,12 +81,35 @@ _COLUMNS = {
 
 
 def write_cards(run_dir: str | Path) -> None:
-    """Write README.md, of the triplets, into the run directory and one into each iteration's model directory."""
+    """Write README.md, of the triplets, into the run directory and one into each iteration's model directory.
+
+    A card that is there and was changed stays.
+    """
     run = _Run(Path(run_dir))
     for t in run.finished("model"):
-        storage.write_atomic(run.at(t) / "model" / "README.md", model_card(run, t).encode())
+        _write(run.at(t) / "model" / "README.md", model_card(run, t))
     if run.tables:
-        storage.write_atomic(run.directory / "README.md", data_card(run).encode())
+        _write(run.directory / "README.md", data_card(run))
+
+
+def _write(path: Path, card: str) -> None:
+    there = path.read_bytes() if path.exists() else None
+    if there is None or there == _marked(there.rpartition(b"\n<!-- ")[0]):
+        storage.write_atomic(path, _marked(card.encode()))
+    else:
+        _say_kept(path)
+
+
+def _marked(card: bytes) -> bytes:
+    return card + _MARK.format(hashlib.sha256(card).hexdigest()).encode()
+
+
+@functools.cache
+def _say_kept(path: Path) -> None:
+    """Once for each card."""
+    logger.warning(
+        "%s was changed since it was written and stays as it is; delete it, and the run writes it anew", path
+    )
 
 
 class _Run:
@@ -146,7 +173,7 @@ def model_card(run: _Run, t: int) -> str:
     head |= {"tags": ["self-play", "tspin", "t-spin"]}
     args = TSPINConfig(str(run.directory), **config.training_at(t))
     method, prompt = _METHODS[args.method], config.prompt_template
-    given = {key: value for key, value in sorted(config.training_at(t).items()) if key not in _TOLD}
+    given = {key: value for key, value in sorted(config.training_at(t).items()) if key in _SHOWN}
     facts = {
         "Base model": base_text,
         "Method": f"{method}, iteration {t} of 0 to {run.config.iterations - 1}",

@@ -12,7 +12,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
 from test_loop import make_toy, toy_config
 
-from tspin import cli, storage
+from tspin import cards, cli, storage
 from tspin.cards import write_cards
 from tspin.config import SelfPlayConfig
 from tspin.loop import SelfPlay
@@ -140,23 +140,44 @@ def test_a_damaged_table_is_left_out_of_the_card_and_named(mine, caplog):
 
 
 def test_a_card_changes_no_hash_and_is_the_same_wherever_it_is_made(mine, toy, caplog):
-    cards = {path.relative_to(mine): path.read_bytes() for path in mine.rglob("README.md")}
-    assert len(cards) == 3
-    for path in cards:
-        (mine / path).write_text("torn")
+    written = {path.relative_to(mine): path.read_bytes() for path in mine.rglob("README.md")}
+    assert len(written) == 3
+    for path in written:
+        (mine / path).unlink()
     before = storage.read_json(mine / "state.json")
     SelfPlay(toy_config(toy, mine, report_to="tensorboard", **SHORT)).run()
     assert storage.read_json(mine / "state.json") == before and "altered" not in caplog.text, "no stage is done again"
-    assert {path.relative_to(mine): path.read_bytes() for path in mine.rglob("README.md")} == cards
+    assert {path.relative_to(mine): path.read_bytes() for path in mine.rglob("README.md")} == written
+
+
+def test_a_card_that_somebody_changed_stays_and_is_named_once(mine, caplog):
+    changed, other = mine / "iter_01" / "model" / "README.md", mine / "README.md"
+    text, wanted = changed.read_text().replace("license: unknown", "license: mit"), other.read_bytes()
+    changed.write_text(text)
+    other.write_bytes(cards._marked(b"an earlier card"))
+    for _ in range(2):
+        write_cards(mine)
+    assert changed.read_text() == text and other.read_bytes() == wanted
+    assert caplog.text.count("was changed since it was written and stays as it is") == 1 and str(changed) in caplog.text
+
+
+def test_a_card_shows_no_setting_that_may_hold_a_path(mine):
+    path = mine / "acc.json"
+    path.write_text('{"split_batches": false}')
+    change(mine, accelerator_config=str(path), weight_decay=0.125)
+    write_cards(mine)
+    text = (mine / "iter_01" / "model" / "README.md").read_text()
+    assert "`weight_decay: 0.125`" in text and "`per_device_train_batch_size: 4`" in text and str(mine) not in text
 
 
 def test_a_card_tells_the_settings_that_its_iteration_was_made_with(mine, toy):
     before = (mine / "iter_00" / "model" / "README.md").read_text()
     more = {"iterations": 3, "learning_rate": 1e-2, "temperature": 0.5, "allow_config_change": True}
     SelfPlay(toy_config(toy, mine, report_to="tensorboard", **SHORT | more)).run()
-    cards = [(mine / f"iter_0{t}" / "model" / "README.md").read_text() for t in range(3)]
-    assert cards[0] == before.replace("0 of 0 to 1", "0 of 0 to 2")
-    for card, rate, temperature in zip(cards, ("0.001", "0.001", "0.01"), ("0.9", "0.9", "0.5"), strict=True):
+    texts = [(mine / f"iter_0{t}" / "model" / "README.md").read_text() for t in range(3)]
+    told, mark, _ = before.replace("0 of 0 to 1", "0 of 0 to 2").rpartition("\n<!-- ")
+    assert texts[0].startswith(told + mark)
+    for card, rate, temperature in zip(texts, ("0.001", "0.001", "0.01"), ("0.9", "0.9", "0.5"), strict=True):
         assert f"| Learning rate | {rate}, " in card and f"| at temperature {temperature}, " in card
     told = [f"iter_0{t} at temperature {temperature}, " for t, temperature in enumerate(("0.9", "0.9", "0.5"))]
     assert all(text in (mine / "README.md").read_text() for text in told)
