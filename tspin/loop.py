@@ -77,6 +77,7 @@ class SelfPlay:
                 "generation_server_command: want the command of a server, got null; each iteration samples from other "
                 "weights, so the loop starts one for each, and a server at generation_url serves `tspin generate` only"
             )
+        lora_config(config)  # refuses a missing peft
 
     def run(self, *, report: bool = True) -> RunResult:
         """Do what is not yet done and return the final policy; without `report` no report is written at the end.
@@ -87,8 +88,9 @@ class SelfPlay:
         """
         # A bar for each loading of weights would bury those that matter.
         disable_progress_bar()
-        # TrainingArguments choose the device and start the process group.
-        self.autocast = self._training_args(0).autocast_dtype
+        # TrainingArguments choose the device and start the process group; those of every iteration, to refuse bad values now.
+        first, *_ = [self._training_args(t) for t in range(self.config.iterations)]
+        self.autocast = first.autocast_dtype
         state = PartialState()
         self.is_main, self.rank, self.world = state.is_main_process, state.process_index, state.num_processes
         with storage.run_lock(self.directory, self.rank), storage.disk_errors(self.directory):

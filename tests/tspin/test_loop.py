@@ -399,6 +399,18 @@ def test_another_model_or_other_data_under_the_same_name_is_refused(finished, to
         SelfPlay(config).run()
 
 
+def test_what_a_later_iteration_cannot_do_is_refused_before_the_first(toy, tmp_path, monkeypatch):
+    changes = {"gradient_accumulation_steps": [1, 0]}
+    with pytest.raises(ValueError, match="gradient_accumulation_steps: want 1 or more, got 0"):
+        SelfPlay(toy_config(toy, tmp_path / "run", **changes)).run()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(
+        ValueError, match=r"use_peft: want the package peft, which is missing; pip install 'tspin\[peft\]'"
+    ):
+        SelfPlay(toy_config(toy, tmp_path / "run", use_peft=True))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_pickled_model_is_refused(toy, tmp_path):
     root = shutil.copytree(toy, tmp_path / "toy")
     (root / "model" / "model.safetensors").unlink()
