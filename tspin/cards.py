@@ -1,11 +1,14 @@
 """What a run says of its models and its data, as the hub's cards: README.md files whose YAML head `huggingface_hub` reads.
 
 A card is a pure function of what the run directory records, so that a run made twice, or resumed, has the same bytes: no times, no
-path of this machine. The loop writes the cards after each iteration; a hash of a stage leaves README.md out (`storage`).
+path of this machine. The loop writes the cards after each iteration; a hash of a stage leaves README.md out (`storage`). A card
+that somebody has changed, its licence say, is left as it is: the hash at its end tells.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import yaml
 
 from tspin import storage
 from tspin.config import SelfPlayConfig
+from tspin.ledger import Ledger
 from tspin.report import read_iterations
 from tspin.trainer import TSPINConfig
 
@@ -30,28 +34,29 @@ _SCORES = (
     ("log-prob of an annotated response, nats", "logprob", ".2f"),
     ("own samples likelier than the annotated response", "fresh_share", ".3f"),
 )
-# What a card tells by itself, or what is about a machine.
-_TOLD = {
-    "method",
-    "alpha",
-    "beta",
-    "beta_first_iteration",
-    "lam",
-    "learning_rate",
-    "num_train_epochs",
-    "optim",
-    "loss_type",
+# Further settings that a card shows where they are given; others may hold paths of this machine.
+_SHOWN = {
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "drop_identical",
+    "fp16",
+    "fused",
+    "gradient_accumulation_steps",
 }
-_TOLD |= {
-    "logp_reduction",
-    "sft_coef",
-    "entropy_coef",
-    "use_cpu",
-    "disable_tqdm",
-    "report_to",
-    "deepspeed",
-    "fsdp_config",
+_SHOWN |= {
+    "gradient_checkpointing",
+    "lr_scheduler_kwargs",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "max_length",
+    "max_steps",
 }
+_SHOWN |= {"neftune_noise_alpha", "optim_args", "per_device_train_batch_size", "prefix_sharing", "sequence_tiling"}
+_SHOWN |= {"sequential_backward", "spin_mix_previous", "tf32", "warmup_ratio", "warmup_steps", "weight_decay"}
+# Ends a card, after the SHA-256 of what stands before it.
+_MARK = "\n<!-- written by tspin, SHA-256 {} -->\n"
 _CITATION = """```bibtex
 @inproceedings{wang2025triplets,
   title     = {Triplets Better Than Pairs: Towards Stable and Effective Self-Play Fine-Tuning for {LLMs}},
@@ -76,12 +81,35 @@ _COLUMNS = {
 
 
 def write_cards(run_dir: str | Path) -> None:
-    """Write README.md, of the triplets, into the run directory and one into each iteration's model directory."""
+    """Write README.md, of the triplets, into the run directory and one into each iteration's model directory.
+
+    A card that is there and was changed stays.
+    """
     run = _Run(Path(run_dir))
     for t in run.finished("model"):
-        storage.write_atomic(run.at(t) / "model" / "README.md", model_card(run, t).encode())
+        _write(run.at(t) / "model" / "README.md", model_card(run, t))
     if run.tables:
-        storage.write_atomic(run.directory / "README.md", data_card(run).encode())
+        _write(run.directory / "README.md", data_card(run))
+
+
+def _write(path: Path, card: str) -> None:
+    there = path.read_bytes() if path.exists() else None
+    if there is None or there == _marked(there.rpartition(b"\n<!-- ")[0]):
+        storage.write_atomic(path, _marked(card.encode()))
+    else:
+        _say_kept(path)
+
+
+def _marked(card: bytes) -> bytes:
+    return card + _MARK.format(hashlib.sha256(card).hexdigest()).encode()
+
+
+@functools.cache
+def _say_kept(path: Path) -> None:
+    """Once for each card."""
+    logger.warning(
+        "%s was changed since it was written and stays as it is; delete it, and the run writes it anew", path
+    )
 
 
 class _Run:
@@ -91,7 +119,8 @@ class _Run:
         self.directory = directory
         self.config = SelfPlayConfig.from_file(directory / "config.yaml")
         self.record = storage.read_record(directory / "run.json")
-        self.done = storage.read_record(directory / "state.json")["done"]
+        self.ledger = Ledger(directory)
+        self.ledger.read()
         self.scores = {row["iteration"]: row for row in read_iterations(directory)}
         self.tables: dict[int, tuple[list[str], int, str]] = {}
         for t in self.finished("triplets"):
@@ -106,11 +135,13 @@ class _Run:
 
     def finished(self, stage: str) -> list[int]:
         """The iterations that have done a stage and still hold what it made."""
-        done = {t: self.done.get(f"iter_{t:02d}/{stage}") for t in range(self.config.iterations)}
+        done = {t: self.ledger.done.get(f"iter_{t:02d}/{stage}") for t in range(self.config.iterations)}
         return [t for t, made in done.items() if made and all((self.directory / path).exists() for path in made)]
 
-    def training_args(self, t: int) -> TSPINConfig:
-        return TSPINConfig(str(self.directory), **self.config.training_at(t))
+    def config_of(self, t: int, stage: str) -> SelfPlayConfig:
+        """The config that a stage was done with; the present one where an older state.json does not say."""
+        origin = self.ledger.origin_of(f"iter_{t:02d}/{stage}")
+        return self.config if origin is None else SelfPlayConfig.from_dict(origin["config"])
 
     @property
     def base(self) -> tuple[str | None, str]:
@@ -122,10 +153,10 @@ class _Run:
         name = Path(self.config.model_name_or_path).name
         return None, f"a local checkpoint, `{name}`, SHA-256 of its weights `{storage.hash_json(weights)}`"
 
-    @property
-    def source(self) -> tuple[str | None, str]:
-        """The annotated rows as a hub name, None for local ones, and in words."""
-        name, data = self.config.dataset, self.record["data"]
+    def source(self, t: int) -> tuple[str | None, str]:
+        """The annotated rows of an iteration as a hub name, None for local ones, and in words."""
+        origin = self.ledger.origin_of(f"iter_{t:02d}/triplets")
+        name, data = self.config_of(t, "triplets").dataset, (origin or self.record)["data"]
         rows = f"{data['rows']} rows, SHA-256 of their token ids `{data['sha256']}`"
         is_local = Path(name).suffix in (".jsonl", ".json", ".parquet") or name[0] in "./~" or Path(name).exists()
         if not is_local:
@@ -135,26 +166,26 @@ class _Run:
 
 def model_card(run: _Run, t: int) -> str:
     """The card of the policy that iteration t ended with."""
-    (base, base_text), (source, source_text), config = run.base, run.source, run.config
+    (base, base_text), (source, source_text), config = run.base, run.source(t), run.config_of(t, "train")
     head: dict[str, Any] = {"base_model": base} if base else {}
     head |= {"datasets": [source]} if source else {}
     head |= {"library_name": "transformers", "license": "unknown", "pipeline_tag": "text-generation"}
     head |= {"tags": ["self-play", "tspin", "t-spin"]}
-    args = run.training_args(t)
+    args = TSPINConfig(str(run.directory), **config.training_at(t))
     method, prompt = _METHODS[args.method], config.prompt_template
-    given = {key: value for key, value in sorted(config.training_at(t).items()) if key not in _TOLD}
+    given = {key: value for key, value in sorted(config.training_at(t).items()) if key in _SHOWN}
     facts = {
         "Base model": base_text,
-        "Method": f"{method}, iteration {t} of 0 to {config.iterations - 1}",
+        "Method": f"{method}, iteration {t} of 0 to {run.config.iterations - 1}",
         **_coefficients(args, t),
         "Learning rate": f"{args.learning_rate:g}, {args.num_train_epochs:g} epochs, {getattr(args.optim, 'value', args.optim)}",
         "Other settings": ", ".join(f"`{key}: {value}`" for key, value in given.items()) or "defaults",
         "Adapters": f"LoRA of rank {config.lora_r}, alpha {config.lora_alpha}, merged" if config.use_peft else "none",
         "Data": source_text,
-        **({} if args.method == "sft" else {"Samples": _sampling(config)}),
+        **({} if args.method == "sft" else {"Samples": _sampling(run.config_of(t, "synthetic"))}),
         "Prompt template": "the tokenizer's chat template" if prompt == "chat" else f"`{prompt!r}`",
         "Seed": str(config.seed),
-        "SHA-256 of its other files": f"`{run.done[f'iter_{t:02d}/model'][f'iter_{t:02d}/model']}`",
+        "SHA-256 of its other files": f"`{run.ledger.done[f'iter_{t:02d}/model'][f'iter_{t:02d}/model']}`",
     }
     return "\n".join(
         [
@@ -180,8 +211,8 @@ def model_card(run: _Run, t: int) -> str:
 
 def data_card(run: _Run) -> str:
     """The card of the triplets of all iterations so far, one configuration each."""
-    (base, base_text), (_, source_text), config = run.base, run.source, run.config
     built = list(run.tables)
+    (base, base_text), (_, source_text) = run.base, run.source(built[-1])
     files = [{"config_name": f"iter_{t:02d}", "data_files": f"iter_{t:02d}/triplets.parquet"} for t in built]
     files[-1]["default"] = True  # type: ignore[assignment]
     head = {"configs": files, "license": "unknown", "tags": ["self-play", "tspin", "t-spin"]}
@@ -199,9 +230,13 @@ def data_card(run: _Run) -> str:
     parts = ["# Annotated prompts of a run of the package tspin\n"]
     usage: list[str] = []
     if "rejected" in names:
-        made_from["Samples"] = _sampling(config)
+        ways = {t: _sampling(run.config_of(t, "synthetic")) for t in built}
+        is_one = len(set(ways.values())) == 1
+        made_from["Samples"] = (
+            ways[built[-1]] if is_one else "; ".join(f"iter_{t:02d} {way}" for t, way in ways.items())
+        )
         parts = [
-            f"# Triplets of self-play from {base or Path(config.model_name_or_path).name}\n",
+            f"# Triplets of self-play from {base or Path(run.config.model_name_or_path).name}\n",
             "Prompts with their annotated responses and, of each iteration, the model's own: the columns of TRL's preference data "
             "sets, so that TRL takes them as they are.\n",
         ]

@@ -30,7 +30,8 @@ def wait_for_everyone() -> None:
 class Checkpoints:
     """The directories checkpoint-<step> of one training; those that are sealed count.
 
-    origin: all that determines the training (settings, data, processes); stored in the seals.
+    origin: all that determines the training (settings, data, processes), None for any; stored in the seals, and a final checkpoint
+        of another is none.
     """
 
     def __init__(self, directory: str | os.PathLike, origin: Mapping[str, Any] | None = None):
@@ -44,6 +45,9 @@ class Checkpoints:
     def at(self, step: int) -> Path:
         return self.directory / f"checkpoint-{step}"
 
+    def _is_own(self, facts: Mapping[str, Any]) -> bool:
+        return self.origin is None or facts["origin"] == hash_json(self.origin)
+
     def last(self) -> Path | None:
         """The newest whole checkpoint."""
         return next((self.at(step) for step in reversed(self._steps()) if read_seal(self.at(step))), None)
@@ -52,7 +56,7 @@ class Checkpoints:
         """The whole checkpoint of the last step of training, or None while training is not finished."""
         for step in reversed(self._steps()):
             facts = read_seal(self.at(step))
-            if facts is not None and step >= facts["max_steps"]:
+            if facts is not None and step >= facts["max_steps"] and self._is_own(facts):
                 return self.at(step)
         return None
 
@@ -71,7 +75,7 @@ class Checkpoints:
             facts = read_seal(self.at(step))
             if facts is None:
                 logger.warning("%s is incomplete; training goes on from an earlier one", self.at(step))
-            elif facts["origin"] != hash_json(self.origin):
+            elif not self._is_own(facts):
                 logger.warning("%s was made with other settings, data or processes; deleting it", self.at(step))
             else:
                 continue

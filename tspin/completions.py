@@ -95,7 +95,7 @@ class TokenIds:
             raise ValueError(f"generation_backend: the server read another prompt than that of row {row}")
         is_ids = isinstance(ids, list) and all(type(i) is int and 0 <= i < self.vocabulary for i in ids)
         if not is_ids or len(ids) > max_new_tokens:
-            raise AgainError(f"want at most {max_new_tokens} token ids below {self.vocabulary}, got {str(ids)[:200]}")
+            raise AgainError(f"want at most {max_new_tokens} token ids below {self.vocabulary}, got {ids}")
         logprobs = _token_logprobs(choice, len(ids))
         stopped = bool(ids) and ids[-1] in self.stop_ids
         if not stopped and choice["finish_reason"] == "stop":
@@ -166,7 +166,7 @@ class Text:
         text, usage = choice.get("text"), answer.get("usage")
         count = usage.get("completion_tokens") if isinstance(usage, dict) else None
         if not isinstance(text, str) or type(count) is not int or not 0 < count <= max_new_tokens + 1:
-            raise AgainError(f"want text and its number of tokens, got {str(choice)[:200]}")
+            raise AgainError(f"want text and its number of tokens, got {choice}")
         ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
         if count <= max_new_tokens:
             return Answer([*ids, self.stop_ids[0]], True, is_exact=len(ids) == count - 1)
@@ -194,7 +194,7 @@ def _seed(seed: int, example: Example) -> int:
 def _choice(answer: Any, wanted: str) -> dict[str, Any]:
     name = answer.get("model") if isinstance(answer, dict) else None
     if not isinstance(name, str):
-        raise AgainError(f"no completion: {str(answer)[:200]}")
+        raise AgainError(f"no completion: {answer}")
     # transformers serve appends the revision.
     if name not in (wanted, f"{wanted}@main"):
         raise ValueError(
@@ -203,7 +203,7 @@ def _choice(answer: Any, wanted: str) -> dict[str, Any]:
         )
     choices = answer.get("choices")
     if not (isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict)):
-        raise AgainError(f"want one choice, got {str(choices)[:200]}")
+        raise AgainError(f"want one choice, got {choices}")
     if choices[0].get("finish_reason") not in ("stop", "length"):
         raise AgainError(f"want the finish reason stop or length, got {choices[0].get('finish_reason')!r}")
     return choices[0]

@@ -202,6 +202,11 @@ class Encoder:
             whole = self.tokenizer.apply_chat_template([*turns, reply], tokenize=False)
         except jinja2.TemplateError as error:
             raise BadRow(f"the chat template refuses the row: {error}; reorder its turns or drop it") from None
+        except Exception as error:  # of the template's own code
+            failure = f"{type(error).__name__}: {error}"
+            raise BadRow(
+                f"the chat template fails on the row ({failure}); repair the template or drop the row"
+            ) from None
         if not whole.startswith(prompt):
             raise BadRow("want the prompt's rendering to begin the whole's, got another; use a plain prompt_template")
         return prompt, whole[len(prompt) :]

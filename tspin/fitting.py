@@ -6,6 +6,7 @@ Every answer is a question to tspin.memory's prediction; this module deliberatel
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -149,13 +150,14 @@ class MemoryCheck:
         gpus: int = 1,
     ) -> MemoryCheck:
         """For a run's config, without its weights. args, context: of the iteration that scores most members."""
+        has_peft = importlib.util.find_spec("peft") is not None
         return cls(
             read_model_config(config),
             args,
             context,
             gpu_memory,
             gpus=gpus,
-            adapter=lora_config(replace(config, use_peft=True)),
+            adapter=lora_config(replace(config, use_peft=True)) if has_peft else None,
             dtype=getattr(torch, config.torch_dtype),
             peft_config=lora_config(config),
             quantization=config.quantization,

@@ -1,4 +1,4 @@
-"""Which stages of a run are done, and the hashes of what they wrote: its state.json.
+"""Which stages of a run are done, the hashes of what they wrote, and the config that they stem from: its state.json.
 
 A stage holds while its files are still what it wrote, so that nothing lost or altered is taken for done. Deliberately knows no
 stage; `tspin.loop` names them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from tspin import storage
 
@@ -18,11 +19,16 @@ class Ledger:
     """state.json of a run directory.
 
     done: for each finished stage, the paths that it wrote, relative to the directory, with their hashes.
+    origin: what the stages of this process stem from (config, data, processes), as JSON; entered with each of them.
     """
 
     def __init__(self, directory: Path):
         self.directory, self.path = directory, directory / "state.json"
         self.done: dict[str, dict[str, str | None]] = {}
+        self.origin: dict[str, Any] = {}
+        self._origins: list[dict[str, Any]] = []
+        # Index of each stage's origin, the stage entered last at the end.
+        self._origin_of: dict[str, int] = {}
 
     def begin(self) -> None:
         """Write an empty one where there is none."""
@@ -31,7 +37,18 @@ class Ledger:
 
     def read(self) -> None:
         """Take over what the main process has written. Raises ValueError where the file is damaged."""
-        self.done = storage.read_record(self.path)["done"]
+        record = storage.read_record(self.path)
+        # An older state.json has no origins.
+        self.done, self._origins = record["done"], record.get("origins", [])
+        self._origin_of = record.get("origin_of", {})
+
+    def origin_of(self, name: str) -> dict[str, Any] | None:
+        """What a finished stage stems from; None where that is not known."""
+        return self._origins[self._origin_of[name]] if name in self._origin_of else None
+
+    def last_origin(self) -> dict[str, Any] | None:
+        """What the stage that was finished last stems from."""
+        return self.origin_of(next(reversed(self._origin_of), ""))
 
     def holds(self, name: str, *paths: Path) -> bool:
         """Whether the stage is done, wrote these paths and no others, and they are what it wrote."""
@@ -52,8 +69,13 @@ class Ledger:
         made = self.hashes(*paths)
         if self.done.get(name, made) != made:
             logger.warning("%s came out with other bits than before; what later stages made stems from those", name)
+        if self.origin not in self._origins:
+            self._origins = [*self._origins, self.origin]
+        numbers = {stage: number for stage, number in self._origin_of.items() if stage != name}
+        self._origin_of = {**numbers, name: self._origins.index(self.origin)}
         self.done = {**self.done, name: made}
-        storage.write_record(self.path, {"done": self.done})
+        record = {"done": self.done, "origins": self._origins, "origin_of": self._origin_of}
+        storage.write_record(self.path, record)
 
     def name_damage(self) -> None:
         """Name what was altered and is not made again, because nothing reads it any more."""

@@ -77,6 +77,7 @@ class SelfPlay:
                 "generation_server_command: want the command of a server, got null; each iteration samples from other "
                 "weights, so the loop starts one for each, and a server at generation_url serves `tspin generate` only"
             )
+        lora_config(config)  # refuses a missing peft
 
     def run(self, *, report: bool = True) -> RunResult:
         """Do what is not yet done and return the final policy; without `report` no report is written at the end.
@@ -87,8 +88,9 @@ class SelfPlay:
         """
         # A bar for each loading of weights would bury those that matter.
         disable_progress_bar()
-        # TrainingArguments choose the device and start the process group.
-        self.autocast = self._training_args(0).autocast_dtype
+        # TrainingArguments choose the device and start the process group; those of every iteration, to refuse bad values now.
+        first, *_ = [self._training_args(t) for t in range(self.config.iterations)]
+        self.autocast = first.autocast_dtype
         state = PartialState()
         self.is_main, self.rank, self.world = state.is_main_process, state.process_index, state.num_processes
         with storage.run_lock(self.directory, self.rank), storage.disk_errors(self.directory):
@@ -116,7 +118,7 @@ class SelfPlay:
     def _iterate(self, t: int) -> None:
         here, following, args = self._at(t), self._at(t + 1), self._training_args(t)
         is_last, is_sft = t + 1 == self.config.iterations, args.method == "sft"
-        proto, checkpoints = self.directory / "proto", Checkpoints(here / "checkpoints")
+        proto, checkpoints = self.directory / "proto", self._checkpoints(t)
         if self.is_main:
             self._restore_metrics(t, checkpoints)
         exported, trained = self.exported[t], self.trained[t]
@@ -171,12 +173,25 @@ class SelfPlay:
             name, here = self._at(t).name, self._at(t)
             passed = later and self._is_paired(t) and self._is_evaluated(t)
             self.exported[t] = passed or self.ledger.holds(f"{name}/model", here / "model")
-            whole = (
-                not self.exported[t]
-                and f"{name}/train" in self.ledger.done
-                and Checkpoints(here / "checkpoints").final()
-            )
+            whole = not self.exported[t] and f"{name}/train" in self.ledger.done and self._checkpoints(t).final()
             self.trained[t] = later = self.exported[t] or bool(whole)
+
+    def _checkpoints(self, t: int) -> Checkpoints:
+        """Those of an iteration; once it is trained, only those of that training count."""
+        made = self.ledger.origin_of(f"{self._at(t).name}/train")
+        return Checkpoints(self._at(t) / "checkpoints", None if made is None else self._origin(t, made))
+
+    def _origin(self, t: int, made: dict[str, Any]) -> dict[str, Any]:
+        """All that determines a training; `made`: as `Ledger.origin`."""
+        config, name = SelfPlayConfig.from_dict(made["config"]), self._at(t).name
+        adapter = [config.use_peft, config.lora_r, config.lora_alpha, config.lora_target_modules]
+        seed = derived_seed(config.seed, f"{name}/train")
+        settings = [config.training_at(t), config.torch_dtype, adapter, seed]
+        return {
+            "processes": made["processes"],
+            "settings": settings,
+            "triplets": self.ledger.hash_of(f"{name}/triplets"),
+        }
 
     def _is_paired(self, t: int) -> bool:
         return self.ledger.holds(f"{self._at(t).name}/pairs", self._at(t) / "pairs.parquet")
@@ -220,18 +235,32 @@ class SelfPlay:
     def refuse_changes(self) -> None:
         """ValueError where the directory belongs to another config and `allow_config_change` is not set."""
         path = self.directory / "config.yaml"
-        if path.exists() and not self.config.allow_config_change:
-            try:
-                pairs = self.config.diff(SelfPlayConfig.from_file(path))
-            except ValueError as error:
-                raise ValueError(
-                    f"{path} is damaged ({error}); restore it, or delete {path}, and the same command writes it anew"
-                ) from error
-            if changes := [f"{key}: {old!r} -> {new!r}" for key, new, old in pairs]:
-                raise ValueError(
-                    f"output_dir {self.directory} belongs to a run with another config (config.yaml: {'; '.join(changes)}); "
-                    "undo the change, choose another output_dir, or set allow_config_change: true"
+        if self.config.allow_config_change or not (path.exists() or self.ledger.path.exists()):
+            return
+        origin = None
+        if not path.exists():
+            lost, path = path, self.ledger.path
+            self.ledger.read()
+            origin = self.ledger.last_origin()
+            if self.ledger.done and origin is None:
+                logger.warning(
+                    "%s is missing, and %s, of an older version, does not say by which config its stages were made: they are "
+                    "taken for those of this one; restore the file if they are not",
+                    *(lost, path),
                 )
+            if origin is None:
+                return
+        try:
+            known = SelfPlayConfig.from_file(path) if origin is None else SelfPlayConfig.from_dict(origin["config"])
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); restore it, or delete {path}, and the same command writes it anew"
+            ) from error
+        if changes := [f"{key}: {old!r} -> {new!r}" for key, new, old in self.config.diff(known)]:
+            raise ValueError(
+                f"output_dir {self.directory} belongs to a run with another config ({path.name}: {'; '.join(changes)}); "
+                "undo the change, choose another output_dir, or set allow_config_change: true"
+            )
 
     def _open(self) -> None:
         """Load tokenizer and rows, and bind the directory to this config, model and data, or refuse it."""
@@ -247,6 +276,8 @@ class SelfPlay:
         with PartialState().main_process_first():
             self.examples, _ = load_examples(config, self.tokenizer)
             self.held_out = load_examples(config, self.tokenizer, split="eval")[0] if config.eval_dataset else []
+        data = {"rows": len(self.examples), "sha256": _examples_hash(self.examples)}
+        self.ledger.origin = {"config": config.to_dict(), "data": data, "processes": self.world}
         if self.is_main:
             storage.remove_partial(self.directory)
             record = {
@@ -256,7 +287,7 @@ class SelfPlay:
                 "platform": platform.platform(),
                 "versions": {"python": platform.python_version(), **storage.package_versions(_PACKAGES)},
                 "model": self.fingerprint,
-                "data": {"rows": len(self.examples), "sha256": _examples_hash(self.examples)},
+                "data": data,
                 "eval_data": {"rows": len(self.held_out), "sha256": _examples_hash(self.held_out)},
             }
             storage.bind(record_path, record, allow_change=config.allow_config_change)
@@ -371,10 +402,7 @@ class SelfPlay:
     def _train(self, t: int, args: TSPINConfig, checkpoints: Checkpoints) -> Path:
         """Train pi_{t+1} from pi_t up to a final checkpoint; optimizer and schedule start afresh."""
         metrics = self._at(t) / "metrics.jsonl"
-        adapter = [self.config.use_peft, self.config.lora_r, self.config.lora_alpha, self.config.lora_target_modules]
-        settings = [self.config.training_at(t), self.config.torch_dtype, adapter, args.seed]
-        triplets = self.ledger.hash_of(f"{self._at(t).name}/triplets")
-        checkpoints.origin = {"processes": self.world, "settings": settings, "triplets": triplets}
+        checkpoints.origin = self._origin(t, self.ledger.origin)
         if self.is_main:
             checkpoints.remove_unusable()
         wait_for_everyone()

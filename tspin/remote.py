@@ -6,7 +6,7 @@ or restarted meanwhile. A request that fails is asked again, later and later, wi
 our own that dies is started again.
 
 Deliberately knows nothing of shards; what is said to the server is in `tspin.completions`, its process in `tspin.server`.
-The key of a server is read from TSPIN_SERVER_KEY and kept out of configs, logs and errors.
+The key of a server goes into the header of a request and nowhere else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tspin.completions import AgainError, Answer, Text, TokenIds
 from tspin.data import stop_token_ids
 from tspin.generate import Backend, Generation, check_request, sample_responses, text_of
-from tspin.server import ServerProcess, command_words, free_port
+from tspin.server import KEY_VARIABLE, ServerProcess, command_words, free_port, server_key, without_key
 
 if TYPE_CHECKING:
     import httpx2
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KEY_VARIABLE = "TSPIN_SERVER_KEY"
 TRIES, RESTARTS = 8, 3
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_ASKED_PAUSE = 0.5, 30.0, 120.0
 PROBES, PROBE_TOKENS = 3, 8
@@ -173,7 +171,7 @@ class Server:
         import anyio
         import httpx2
 
-        key, concurrency = os.environ.get(KEY_VARIABLE), min(self.config.generation_concurrency, len(examples))
+        key, concurrency = server_key(), min(self.config.generation_concurrency, len(examples))
         client = httpx2.AsyncClient(
             timeout=httpx2.Timeout(self.config.generation_timeout, connect=10, pool=None),
             limits=httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
@@ -303,7 +301,11 @@ class Server:
         while True:
             try:
                 return self._protocol.read(await self._post(client, body), example, max_new_tokens)
+            except ValueError as error:
+                raise ValueError(without_key(str(error))) from None
             except AgainError as again:
+                # An answer may repeat the key, and be cut only where none is left.
+                what = without_key(str(again))[:400]
                 now = time.monotonic()
                 if again.busy:
                     away_since = now if away_since is None else away_since
@@ -311,10 +313,10 @@ class Server:
                     wrong, away_since = wrong + 1, None
                 if wrong == TRIES or (away_since is not None and now - away_since > self.config.generation_wait):
                     raise ValueError(
-                        f"generation_backend: no usable answer from the server at {self.url} for row {example.row}: {again}; "
+                        f"generation_backend: no usable answer from the server at {self.url} for row {example.row}: {what}; "
                         "look into its log; the same command goes on from the last whole shard"
-                    ) from again
-                logger.info("row %d: %s; asking again", example.row, again)
+                    ) from None
+                logger.info("row %d: %s; asking again", example.row, what)
                 await self._revive(client)
                 asked = min(again.pause, LONGEST_ASKED_PAUSE)
                 await anyio.sleep(max(asked, pause * random.SystemRandom().uniform(0.5, 1)))
@@ -331,9 +333,14 @@ class Server:
                 response = await client.post(self.url + "/completions", json=body)
         except (TimeoutError, httpx2.ReadTimeout, httpx2.WriteTimeout):
             raise AgainError(f"no answer within {timeout:g} s (generation_timeout)") from None
+        except httpx2.LocalProtocolError as error:
+            raise ValueError(
+                f"generation_backend: no request can be sent to {self.url}: {error}; repair {KEY_VARIABLE} or generation_url"
+            ) from error
         except httpx2.HTTPError as error:
             raise AgainError(f"{type(error).__name__} {error}", busy=True) from error
-        status, text = response.status_code, " ".join(response.content[:300].decode(errors="replace").split())
+        status = response.status_code
+        text = " ".join(without_key(response.content.decode(errors="replace")).split())[:300]
         if status in (429, 502, 503, 504):
             pause = _retry_after(response.headers.get("retry-after"))
             raise AgainError(f"HTTP {status}: {text}", busy=True, pause=pause)

@@ -62,8 +62,11 @@ def _split_files(directory: Path, split: str, key: str) -> list[Path]:
 
 def _json_rows(file: Path, key: str) -> Iterator[tuple[str, Mapping | BadRow]]:
     with file.open("rb") as lines:
-        start = lines.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        head = lines.read(4096)
+        start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
         lines.seek(0)
+        if not (encoding := json.detect_encoding(head)).startswith("utf-8"):
+            raise ValueError(f"dataset: want UTF-8, got {encoding} in {file}; convert it: iconv -f {encoding} -t utf-8")
         if start == b"[" and file.suffix == ".json":
             try:
                 rows = json.loads(lines.read().decode("utf-8-sig"))
@@ -120,6 +123,8 @@ def exchange(
         answer = next((key for key in ("response", "completion", "chosen") if key in present), "response")
         pair = ("prompt" if "prompt" in present or answer != "chosen" else None, answer)
     missing = [column for column in pair if column is not None and column not in present]
+    if missing and missing[0] in record:
+        raise BadRow(f"column {missing[0]!r}: want text or a list of messages, got null; fill it")
     if missing:
         raise BadRow(f"column {missing[0]!r} is missing; got columns {sorted(map(str, record))}; want {_LAYOUTS}")
     turns = [] if pair[0] is None else _turns(record[pair[0]], "user", pair[0])

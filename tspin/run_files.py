@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,9 @@ import pyarrow.parquet as pq
 
 from tspin.config import read_values, typed_value
 
+logger = logging.getLogger(__name__)
+
 _COMPUTED_WITH = ("iterations", "seed", "num_train_epochs", "max_steps")
-
-
 _MEMBERS = ("logps/chosen", "logps/rejected", "logps/proto", "rewards/chosen", "rewards/rejected")
 _PAIRS = pa.schema(
     [
@@ -71,14 +72,18 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_timings(path: Path) -> list[dict[str, Any]]:
-    entries = read_json_lines(path)
-    if not all(
-        {"stage", "seconds", "finished"} <= e.keys() and isinstance(e["seconds"], (int, float)) for e in entries
-    ):
-        raise ValueError(
-            f"{path} is damaged: want a stage and its seconds in each line; restore it, or delete the file"
-        )
-    return entries
+    """Of timings.jsonl; none, with a warning, where it is damaged: it tells nothing that a report could not be without."""
+    try:
+        entries = read_json_lines(path)
+        if all(
+            {"stage", "seconds", "finished"} <= e.keys() and isinstance(e["seconds"], (int, float)) for e in entries
+        ):
+            return entries
+        problem = f"{path} is damaged: want a stage and its seconds in each line; restore it, or delete the file"
+    except ValueError as error:
+        problem = str(error)
+    logger.warning("%s; the report has no times", problem)
+    return []
 
 
 def _numbers(entry: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The process of a generation server: started for one set of weights, watched, and gone when we are gone.
 
-Deliberately speaks no HTTP and knows no model; `tspin.remote` asks what it serves. The command runs without a shell, in a
+Deliberately speaks no HTTP and knows no model; `tspin.remote` asks what it serves. The key of a server is read here, from
+TSPIN_SERVER_KEY, and taken out of every text that may be logged, raised or stored. The command runs without a shell, in a
 process group of its own, its output in a log file. Beside it runs a watcher that reads a pipe from us: when we end in any
 way, kill -9 included, the pipe closes and the watcher kills the group, so that no server keeps a GPU from the next run.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+KEY_VARIABLE = "TSPIN_SERVER_KEY"
 GRACE_SECONDS = 20
 _WATCHER = """
 import os, signal, sys
@@ -46,21 +49,49 @@ _LAUNCHER = (
     "MASTER_PORT",
 )
 _LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_")
+# But for one that a shell takes from a variable.
+_KEY_IN_COMMAND = re.compile(r"api[-_]key[\s=]+(?![\s=]|['\"]?\$)", re.IGNORECASE)
+
+
+def server_key() -> str:
+    """The key of the environment, without the spaces and line ends around it; empty for none. Raises ValueError."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not all("!" <= character <= "~" for character in key):
+        raise ValueError(f"{KEY_VARIABLE}: want ASCII without spaces, got other characters too; set it anew")
+    return key
+
+
+def without_key(text: str) -> str:
+    """The text with *** in place of the key."""
+    key = server_key()
+    return text.replace(key, "***") if key else text
 
 
 def check_settings(config: SelfPlayConfig) -> None:
-    """Raise ValueError where the keys of the backend `openai` do not fit each other."""
+    """Raise ValueError where the keys of the backend `openai` do not fit each other, or the server's key cannot be sent."""
     url, command = config.generation_url, config.generation_server_command
+    server_key()
+    if _KEY_IN_COMMAND.search(command or ""):
+        raise ValueError(
+            "generation_server_command: want no key in it, config.yaml, run.json and the log would keep it; set "
+            f"{KEY_VARIABLE}, which the server finds in its environment (see docs/generation.md)"
+        )
     if url is None and (command is None or "{port}" not in command):
         raise ValueError(
             f"generation_server_command: want a command with {{model}} and {{port}} in it, or generation_url, got {command!r}"
         )
     parts = urlsplit(url or "http://127.0.0.1")
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    if port == 0:
+        raise ValueError(f"generation_url: want a port of 1 to 65535, got {url!r}")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise ValueError(f"generation_url: want http:// or https://, a host and mostly /v1, got {url!r}")
     if parts.username is not None or parts.password is not None:
         raise ValueError(
-            "generation_url: want no name or password in it, config.yaml would keep them; set TSPIN_SERVER_KEY"
+            f"generation_url: want no name or password in it, config.yaml would keep them; set {KEY_VARIABLE}"
         )
     if config.generation_protocol == "text" and config.tokenizer_name_or_path is not None:
         raise ValueError(
@@ -119,7 +150,7 @@ class ServerProcess:
             if name not in _LAUNCHER and not name.startswith(_LAUNCHER_PREFIXES)
         }
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        logger.info("starting %s", shlex.join(self.words))
+        logger.info("starting %s", without_key(shlex.join(self.words)))
         try:
             with open(self.log, "wb") as log:
                 self._process = subprocess.Popen(
@@ -148,8 +179,9 @@ class ServerProcess:
     def last_words(self, count: int = 200) -> str:
         """The end of the log."""
         with contextlib.suppress(OSError), open(self.log, "rb") as log:
-            log.seek(max(0, os.path.getsize(self.log) - count))
-            return log.read().decode(errors="replace").strip()
+            # More than is shown, so that no part of a key stays at the cut.
+            log.seek(max(0, os.path.getsize(self.log) - count - 4096))
+            return without_key(log.read().decode(errors="replace").strip())[-count:]
         return ""
 
     def stop(self) -> None:

@@ -8,8 +8,10 @@ B triplets of a batch, G members of a triplet (chosen = real, rejected = synthet
 """
 
 import copy
+import importlib.util
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -49,6 +51,10 @@ from tspin_kernels import SequenceStats, sft_loss, spin_loss, tspin_loss, tspin_
 
 logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
+
+_LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+_LEAST |= {"dataloader_num_workers": 0}
+_OF_BITSANDBYTES = re.compile(r"^(?!adamw_torch).*(8bit|32bit|bnb|ademamix)")
 
 
 class NonFiniteLossError(ValueError):
@@ -139,12 +145,29 @@ class TSPINConfig(TrainingArguments):
             value, may_be_zero = getattr(self, name), name.startswith(("beta", "sft"))
             if not (value > 0 or (may_be_zero and value == 0)):
                 raise ValueError(f"{name}: want a {'non-negative' if may_be_zero else 'positive'} number, got {value}")
+        for name, least in _LEAST.items():
+            if not (value := getattr(self, name)) >= least:
+                raise ValueError(f"{name}: want {least} or more, got {value}")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs: want more than 0 without max_steps, got {self.num_train_epochs}")
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise ValueError("save_strategy: want no, steps or epoch where no eval_strategy tells the best, got 'best'")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: want 0, got {self.label_smoothing_factor}; the loss compares whole responses and has no "
+                "smoothing, sft_coef and entropy_coef are what it has"
+            )
         super().__post_init__()
         # Now, not when the first trainer is made, which in a run is after hours of sampling.
         if absent := set(self.report_to or ()) - {*get_available_reporting_integrations(), "all"}:
             package = "'tspin[tensorboard]'" if absent == {"tensorboard"} else f"the packages of {sorted(absent)}"
             raise ValueError(
                 f"report_to: want trackers that are installed, got {self.report_to}; pip install {package}"
+            )
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        if _OF_BITSANDBYTES.search(optimizer) and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(
+                f"optim: {optimizer!r} wants the package bitsandbytes, which is missing; pip install 'tspin[quantization]'"
             )
 
     @property

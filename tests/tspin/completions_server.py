@@ -72,7 +72,7 @@ class PolicyServer:
                         completion = owner.answer(body, self.headers)
                     self.reply(200, json.dumps(distort(completion, fault)).encode())
                 elif fault in ("500", "503", "400", "401"):
-                    self.reply(int(fault), b"out of order")
+                    self.reply(int(fault), b"out of order" + (self.headers["Authorization"] or "").encode())
                 elif fault == "429":
                     self.reply(429, b"slow down", [("Retry-After", "1000")])
                 elif fault == "garbage":

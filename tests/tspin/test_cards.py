@@ -1,7 +1,6 @@
 """Cards, uploads and trackers: they tell what the run recorded, alter none of it, and leak neither paths nor tokens."""
 
 import json
-import re
 import shutil
 import socket
 
@@ -13,8 +12,9 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
 from test_loop import make_toy, toy_config
 
-from tspin import cli, storage
+from tspin import cards, cli, storage
 from tspin.cards import write_cards
+from tspin.config import SelfPlayConfig
 from tspin.loop import SelfPlay
 from tspin.push import push
 from tspin.trainer import TSPINConfig
@@ -39,6 +39,16 @@ def run(toy):
 @pytest.fixture
 def mine(run, tmp_path):
     return shutil.copytree(run, tmp_path / "mine")
+
+
+def change(run, **keys):
+    """As if the run had been made with these keys."""
+    config = SelfPlayConfig.from_file(run / "config.yaml", keys)
+    config.save(run / "config.yaml")
+    state = storage.read_record(run / "state.json")
+    for origin in state["origins"]:
+        origin["config"] = config.to_dict()
+    storage.write_record(run / "state.json", state)
 
 
 def card_of(path):
@@ -97,8 +107,7 @@ def test_cards_hold_no_path_of_this_machine(run, toy):
 def test_hub_names_become_links(mine):
     record = storage.read_record(mine / "run.json") | {"model": {"name": "Qwen/Qwen2.5-1.5B", "commit": "abc"}}
     storage.write_record(mine / "run.json", record)
-    config = (mine / "config.yaml").read_text()
-    (mine / "config.yaml").write_text(re.sub("^dataset: .*$", "dataset: openai/gsm8k", config, flags=re.M))
+    change(mine, dataset="openai/gsm8k")
     write_cards(mine)
     card = card_of(mine / "iter_01" / "model" / "README.md")
     assert card.data.base_model == "Qwen/Qwen2.5-1.5B" and card.data.datasets == ["openai/gsm8k"]
@@ -112,8 +121,7 @@ def test_hub_names_become_links(mine):
     ("tspin_ref", "T-SPIN with a reference"),
 ])  # fmt: skip
 def test_cards_of_other_methods(mine, method, told):
-    config = (mine / "config.yaml").read_text()
-    (mine / "config.yaml").write_text(config + f"method: {method}\n")
+    change(mine, method=method)
     write_cards(mine)
     text = (mine / "iter_01" / "model" / "README.md").read_text()
     assert told in text and ("Coefficients" in text) == ("| Samples |" in text) == (method != "sft")
@@ -132,14 +140,47 @@ def test_a_damaged_table_is_left_out_of_the_card_and_named(mine, caplog):
 
 
 def test_a_card_changes_no_hash_and_is_the_same_wherever_it_is_made(mine, toy, caplog):
-    cards = {path.relative_to(mine): path.read_bytes() for path in mine.rglob("README.md")}
-    assert len(cards) == 3
-    for path in cards:
-        (mine / path).write_text("torn")
+    written = {path.relative_to(mine): path.read_bytes() for path in mine.rglob("README.md")}
+    assert len(written) == 3
+    for path in written:
+        (mine / path).unlink()
     before = storage.read_json(mine / "state.json")
     SelfPlay(toy_config(toy, mine, report_to="tensorboard", **SHORT)).run()
     assert storage.read_json(mine / "state.json") == before and "altered" not in caplog.text, "no stage is done again"
-    assert {path.relative_to(mine): path.read_bytes() for path in mine.rglob("README.md")} == cards
+    assert {path.relative_to(mine): path.read_bytes() for path in mine.rglob("README.md")} == written
+
+
+def test_a_card_that_somebody_changed_stays_and_is_named_once(mine, caplog):
+    changed, other = mine / "iter_01" / "model" / "README.md", mine / "README.md"
+    text, wanted = changed.read_text().replace("license: unknown", "license: mit"), other.read_bytes()
+    changed.write_text(text)
+    other.write_bytes(cards._marked(b"an earlier card"))
+    for _ in range(2):
+        write_cards(mine)
+    assert changed.read_text() == text and other.read_bytes() == wanted
+    assert caplog.text.count("was changed since it was written and stays as it is") == 1 and str(changed) in caplog.text
+
+
+def test_a_card_shows_no_setting_that_may_hold_a_path(mine):
+    path = mine / "acc.json"
+    path.write_text('{"split_batches": false}')
+    change(mine, accelerator_config=str(path), weight_decay=0.125)
+    write_cards(mine)
+    text = (mine / "iter_01" / "model" / "README.md").read_text()
+    assert "`weight_decay: 0.125`" in text and "`per_device_train_batch_size: 4`" in text and str(mine) not in text
+
+
+def test_a_card_tells_the_settings_that_its_iteration_was_made_with(mine, toy):
+    before = (mine / "iter_00" / "model" / "README.md").read_text()
+    more = {"iterations": 3, "learning_rate": 1e-2, "temperature": 0.5, "allow_config_change": True}
+    SelfPlay(toy_config(toy, mine, report_to="tensorboard", **SHORT | more)).run()
+    texts = [(mine / f"iter_0{t}" / "model" / "README.md").read_text() for t in range(3)]
+    told, mark, _ = before.replace("0 of 0 to 1", "0 of 0 to 2").rpartition("\n<!-- ")
+    assert texts[0].startswith(told + mark)
+    for card, rate, temperature in zip(texts, ("0.001", "0.001", "0.01"), ("0.9", "0.9", "0.5"), strict=True):
+        assert f"| Learning rate | {rate}, " in card and f"| at temperature {temperature}, " in card
+    told = [f"iter_0{t} at temperature {temperature}, " for t, temperature in enumerate(("0.9", "0.9", "0.5"))]
+    assert all(text in (mine / "README.md").read_text() for text in told)
 
 
 class Hub:

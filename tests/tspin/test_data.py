@@ -189,6 +189,7 @@ def test_end_tokens_of_the_model_count_and_a_template_without_any_is_refused(tmp
     "chat, message",
     [
         ("{{ raise_exception('alternate!') }}", "refuses the row.*alternate!"),
+        ("{{ messages[0].content + 1 }}", r"fails on the row \(TypeError: .*repair the template or drop the row"),
         ("{% if add_generation_prompt %}x{% endif %}{{ messages[-1].content }}<|end|>", "begin the whole"),
     ],
 )
@@ -226,6 +227,7 @@ BAD = [
     ("[" * 100_000, "broken JSON"),
     ('{"prompt": "p"}', "column 'response' is missing.*'prompt'"),
     ('{"response": "r"}', "column 'prompt' is missing"),
+    ('{"prompt": null, "response": "r"}', "column 'prompt': want text .*, got null; fill it"),
     ('{"question": "q", "answer": "a"}', "missing.*--prompt_column"),
     ('{"prompt": "p", "response": "  "}', "column 'response'.*only spaces"),
     ('{"prompt": "", "response": "r"}', "column 'prompt'"),
@@ -257,6 +259,14 @@ def test_a_bad_row_names_file_line_column_and_remedy_or_is_counted(tmp_path, lin
     path.write_text(line)
     with pytest.raises(ValueError, match=r"no row is left.*line 1"):
         load_examples(config_for(path, max_length=80, on_bad_row="skip"), TOKENIZER)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_another_encoding_is_named(tmp_path, encoding):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "p", "response": "r"}\n', encoding=encoding)
+    with pytest.raises(ValueError, match=rf"want UTF-8, got {encoding} in .*rows\.jsonl; convert it"):
+        load_examples(config_for(path, on_bad_row="skip"), TOKENIZER)
 
 
 json_values = st.recursive(

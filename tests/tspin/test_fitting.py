@@ -1,5 +1,6 @@
 """What fits: the longest context lies on the edge of the GPU, remedies are what the prediction says of their keys."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -126,6 +127,15 @@ def test_remedies_are_predictions_and_end_where_it_fits(tmp_path):
     check = MemoryCheck.of_run(config, settled, check.context, check.gpu_memory)
     with pytest.raises(ValueError, match=r"per_device_train_batch_size: 1.*longest at this ratio"):
         check.verdict()
+
+
+def test_no_adapter_is_suggested_where_peft_is_missing(tmp_path, monkeypatch):
+    SMALL.save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    config = run_config(tmp_path, per_device_train_batch_size=1)
+    args = TSPINConfig(output_dir="x", **config.training_at(1))
+    check = MemoryCheck.of_run(config, args, Context(256, (64,) * 3), MIB)
+    assert check.adapter is None and not any("use_peft" in keys for keys, _ in check.remedies())
 
 
 def test_quantized_weights_and_adapters_cost_less(tmp_path):

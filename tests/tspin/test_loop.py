@@ -359,6 +359,31 @@ def test_a_changed_config_is_refused_with_the_difference(finished, toy, tmp_path
     assert SelfPlayConfig.from_file(directory / "config.yaml").iterations == 3
 
 
+def test_a_changed_config_is_refused_where_config_yaml_is_gone(finished, toy, tmp_path, caplog):
+    directory = copy_of(finished("tspin"), tmp_path)
+    (directory / "config.yaml").unlink()
+    shutil.rmtree(directory / "iter_01")
+    with pytest.raises(
+        ValueError, match=r"another config \(state.json: learning_rate: 0.001 -> 0.002\); undo the change"
+    ):
+        SelfPlay(toy_config(toy, directory, method="tspin", learning_rate=2e-3)).run()
+    SelfPlay(toy_config(toy, directory, method="tspin")).refuse_changes()
+    assert "is missing" not in caplog.text
+    done = storage.read_record(directory / "state.json")["done"]
+    storage.write_record(directory / "state.json", {"done": done})
+    SelfPlay(toy_config(toy, directory, method="tspin", learning_rate=2e-3)).refuse_changes()
+    assert "config.yaml is missing, and " in caplog.text and "does not say by which config" in caplog.text
+
+
+def test_a_checkpoint_of_another_training_is_not_exported(finished, toy, tmp_path):
+    result = finished("tspin")
+    directory = copy_of(result, tmp_path)
+    shutil.rmtree(directory / "iter_01" / "model")
+    shutil.rmtree(directory / "iter_01" / "checkpoints")
+    shutil.copytree(directory / "iter_00" / "checkpoints", directory / "iter_01" / "checkpoints")
+    assert SelfPlay(toy_config(toy, directory, method="tspin")).run().model_hash == result.model_hash
+
+
 @pytest.mark.parametrize("what", ["model", "data"])
 def test_another_model_or_other_data_under_the_same_name_is_refused(finished, toy, tmp_path, what):
     root = shutil.copytree(toy, tmp_path / "toy")
@@ -372,6 +397,18 @@ def test_another_model_or_other_data_under_the_same_name_is_refused(finished, to
         (root / "train.jsonl").write_text((root / "train.jsonl").read_text().replace("1", "2", 1))
     with pytest.raises(ValueError, match="belongs to a run of another " + ("model" if what == "model" else "dataset")):
         SelfPlay(config).run()
+
+
+def test_what_a_later_iteration_cannot_do_is_refused_before_the_first(toy, tmp_path, monkeypatch):
+    changes = {"gradient_accumulation_steps": [1, 0]}
+    with pytest.raises(ValueError, match="gradient_accumulation_steps: want 1 or more, got 0"):
+        SelfPlay(toy_config(toy, tmp_path / "run", **changes)).run()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(
+        ValueError, match=r"use_peft: want the package peft, which is missing; pip install 'tspin\[peft\]'"
+    ):
+        SelfPlay(toy_config(toy, tmp_path / "run", use_peft=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_pickled_model_is_refused(toy, tmp_path):

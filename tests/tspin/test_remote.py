@@ -266,18 +266,58 @@ def test_a_server_restarted_with_other_weights_spoils_no_shard(tmp_path, undistu
 
 def test_the_key_is_sent_and_kept_nowhere(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setenv("TSPIN_SERVER_KEY", "sesame-1234")
-    with toy_server(faults={1: "500"}) as server:
+    monkeypatch.setenv("TSPIN_SERVER_KEY", "sesame-1234\n")
+    with toy_server(faults={1: "500", 3: "503"}) as server:
         generate(server.url, tmp_path / "kept")
         assert {headers["Authorization"] for headers in server.headers} == {"Bearer sesame-1234"}
     with toy_server(faults={0: "401"}) as server, pytest.raises(ValueError, match="TSPIN_SERVER_KEY") as caught:
         generate(server.url, tmp_path / "refused")
+    assert "HTTP 503: out of orderBearer ***; asking again" in caplog.text and "Bearer ***" in str(caught.value)
+    process = ServerProcess(["sh", "-c", f"# sesame-1234\necho $TSPIN_SERVER_KEY{'.' * 195}; exit 3"], tmp_path / "log")
+    process.start()
+    assert process._process is not None and process._process.wait(10) == 3
+    with pytest.raises(ChildProcessError) as ended:
+        process.check_alive()
+    process.stop()
+    assert "sesame" in (tmp_path / "log").read_text() and "1234" not in str(ended.value)
     kept = [caplog.text, repr(caught.value), *(data.decode("latin1") for data in contents(tmp_path / "kept").values())]
     assert not [text for text in kept if "sesame" in text]
     monkeypatch.delenv("TSPIN_SERVER_KEY")
     with toy_server() as server:
         generate(server.url, tmp_path / "open")
         assert not [headers for headers in server.headers if "Authorization" in headers]
+
+
+def test_a_key_that_cannot_be_sent_is_refused_at_once_and_not_shown(tmp_path, monkeypatch):
+    for key in ("sesame-ü", "sesame 1234", "sesame\n1234"):
+        monkeypatch.setenv("TSPIN_SERVER_KEY", key)
+        with pytest.raises(ValueError, match="TSPIN_SERVER_KEY: want ASCII without spaces") as caught:
+            config_of("http://127.0.0.1:8000/v1")
+        assert "sesame" not in str(caught.value)
+    monkeypatch.setenv("TSPIN_SERVER_KEY", "sesame")
+    monkeypatch.setattr(remote, "server_key", lambda: "sesame\n")
+    with toy_server() as server, pytest.raises(ValueError, match=r"no request can be sent to .*Bearer \*\*\*"):
+        generate(server.url, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "is_refused"),
+    [
+        ("s {model} {port} --api-key secret", True),
+        ("s {model} {port} --api_key=secret", True),
+        ("env VLLM_API_KEY='secret' s {model} {port}", True),
+        ("s {model} --api-key secret", True),
+        ("sh -c 's $0 --port $1 --api-key  \"$TSPIN_SERVER_KEY\"' {model} {port}", False),
+    ],
+)
+def test_a_key_in_the_command_is_refused(command, is_refused):
+    given = {"generation_url": None, "generation_server_command": command}
+    if is_refused:
+        with pytest.raises(ValueError, match=r"want no key in it.*set TSPIN_SERVER_KEY") as caught:
+            config_of("", **given)
+        assert "secret" not in str(caught.value)
+    else:
+        config_of("", **given)
 
 
 def test_a_proxy_of_the_environment_is_not_asked(tmp_path, monkeypatch, undisturbed):
@@ -568,6 +608,7 @@ def test_a_command_is_words_and_never_a_shell():
         ),
         ({"generation_url": "ftp://a/v1"}, "generation_url: want http://"),
         ({"generation_url": "http:///v1"}, "generation_url: want http://"),
+        ({"generation_url": "http://127.0.0.1:99999/v1"}, "generation_url: want a port of 1 to 65535"),
         ({"generation_url": "http://me:secret@a/v1"}, "generation_url: want no name or password"),
         ({"generation_protocol": "text", "tokenizer_name_or_path": "t"}, "generation_protocol: want token_ids beside"),
         ({"generation_concurrency": 0}, "generation_concurrency: want 1 or more"),

@@ -445,8 +445,6 @@ def test_the_command_writes_where_it_is_told(tmp_path, monkeypatch, capsys, undr
         ("run.json", '{"versions": 7}'),
         ("state.json", "[]"),
         ("state.json", '{"done": 7}'),
-        ("timings.jsonl", '{"stage": "pairs", "finished": true}\n'),
-        ("timings.jsonl", '{"stage": "pairs", "finished": true, "seconds": "7"}\n'),
     ],
 )
 def test_a_damaged_record_is_named(tmp_path, undrawn, name, content):
@@ -455,6 +453,16 @@ def test_a_damaged_record_is_named(tmp_path, undrawn, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=f"{name}.* is damaged: .*restore it, or delete the file"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line", ["{", '{"stage": "pairs", "finished": true}', '{"stage": "pairs", "finished": true, "seconds": "7"}']
+)
+def test_damaged_timings_are_named_and_left_out(tmp_path, undrawn, caplog, line):
+    (tmp_path / "config.yaml").write_text("model_name_or_path: m\ndataset: d\n")
+    (tmp_path / "timings.jsonl").write_text(line + "\n")
+    assert write_report(tmp_path).exists()
+    assert "timings.jsonl" in caplog.text and "is damaged" in caplog.text and "the report has no times" in caplog.text
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path, undrawn):

@@ -107,6 +107,12 @@ WRONG |= {
     "lam": math.nan,
     "max_length": 0,
     "sft_coef": -1.0,
+    "per_device_train_batch_size": 0,
+    "gradient_accumulation_steps": 0,
+    "dataloader_num_workers": -1,
+    "num_train_epochs": 0,
+    "save_strategy": "best",
+    "label_smoothing_factor": 0.1,
 }
 
 
@@ -121,6 +127,15 @@ def test_a_model_in_shares_is_refused(tmp_path):
 def test_wrong_values_are_named(tmp_path, name):
     with pytest.raises(ValueError, match=rf"{name}: want .*, got {WRONG[name]!r}"):
         TSPINConfig(output_dir=str(tmp_path), use_cpu=True, **{name: WRONG[name]})
+
+
+def test_an_optimizer_that_is_not_installed_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for name in ("adamw_8bit", "paged_lion_32bit", "rmsprop_bnb", "ademamix"):
+        with pytest.raises(ValueError, match=rf"optim: '{name}\w*' wants the package bitsandbytes.*pip install 'tspin"):
+            TSPINConfig(output_dir=str(tmp_path), use_cpu=True, optim=name)
+    for name in ("adamw_torch_8bit", "rmsprop", "stable_adamw"):
+        TSPINConfig(output_dir=str(tmp_path), use_cpu=True, optim=name)
 
 
 @pytest.mark.parametrize("method", METHODS)
