@@ -125,7 +125,7 @@ def _mixes_tokens(model: nn.Module) -> str | None:
     for module in kinds.values():
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), weight.dtype)
         own: Any = getattr(module, "weight", None)
-        shape = (core.config.get_text_config().hidden_size,)
+        shape: Any = (core.config.get_text_config().hidden_size,)
         if hasattr(module, "in_features"):
             shape = (module.in_features,)
         elif own is not None:

@@ -92,9 +92,9 @@ class TSPINConfig(TrainingArguments):
         prefix_sharing: "on" computes the prompt of a triplet once, in one row `[x, y, y', y0]`, and packs a micro-batch into it
             without padding; refuses models that cannot. "off" gives every response a row of its own; "auto" is "on" where the
             architecture allows it. The first batch of a run is compared with separate rows, and a difference stops it.
-        sequence_tiling: "on" runs MLPs, experts, norms and adapters some thousand tokens at a time, so that what is wide in a layer never
-            exists for a whole row; exact, with gradient_checkpointing at hardly more time. "auto" does where a step would not
-            fit the GPU.
+        sequence_tiling: "on" runs MLPs, experts, norms and adapters some thousand tokens at a time, so that what is wide in a layer
+            never exists for a whole row; exact, with gradient_checkpointing at hardly more time. "auto" does where a step would
+            not fit the GPU.
         sequential_backward: "on" runs the backward one response at a time, in the activation memory of the longest one and
             about a third more time; "auto" does where the joint pass would not fit the GPU, not even in tiles.
     """

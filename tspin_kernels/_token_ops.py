@@ -240,9 +240,11 @@ def _gradients(
     together = index is None or head.shard is not None
     dhidden: Tensor | None = None
     into: Tensor | Scattered | None = None
-    if dtypes[0] is not None and together:
+    if dtypes[0] is None:
+        pass
+    elif index is None or together:
         into = dhidden = hidden.new_empty(N, hidden.shape[1], dtype=dtypes[0])
-    elif dtypes[0] is not None:
+    else:
         dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         into = Scattered(partial(_put_rows, dhidden, index), dtypes[0])
     new_weight_gradient = wanted[1] and grad_buffer is None
