@@ -265,8 +265,8 @@ class MemoryCheck:
         text = f"a prompt of {longest.prompt} and responses of {longest.responses[0]}"
         if longest.prompt == _most_prompt(self.model, ratio):
             text += ", all the positions that the model has"
-            lengths: dict[str, Any] = {"prompt_tokens": longest.prompt, "response_tokens": longest.responses}
-            if predict_memory(self.model, args, **lengths, members=members, **options).peak <= USABLE * self.gpu_memory:
+            plain = MemoryCheck(self.model, args, longest, self.gpu_memory, **options)
+            if plain.fits:
                 how = ""
         return f"longest at this ratio{how}: {text}"
 
