@@ -5,7 +5,8 @@
 # The ops: all shapes first, where compiling the four peers takes 46 s of the first process, then peaked data, 131,072 tokens, blocks
 # that stay in the L2 cache, and the other peers at one shape. WHAT=training measures training steps and the longest context in place of the ops, and predicted
 # memory beside the GPU's count: a fifth of the time for steps, the rest for the searches, 24 GiB first, the whole GPU after; what has
-# no time left is a lower bound, so nothing else should run beside it. TESTS names other tests, 0 leaves them out; they run in WORKERS
+# no time left is a lower bound, so nothing else should run beside it; CAPS names the GiB to search in, where one call is too short for
+# all. TESTS names other tests, 0 leaves them out; they run in WORKERS
 # processes: two minutes on an H200 with 16 cores. PEERS holds the peers' packages unpacked, as pack_peers.sh packs them.
 # Exits with 1 where a test failed or ours could not be measured.
 set -uo pipefail
@@ -34,7 +35,7 @@ if [ "${WHAT:-logprobs}" = training ]; then
     python3 -m benchmarks prediction --out "$out" "${commit[@]}" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
     python3 -m benchmarks train_step --implementations naive,trl_style,tspin_separate,tspin,tspin_tiled --seconds $((left / 5)) --out "$out" "${commit[@]}" "$@" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
     left=$((seconds - (SECONDS - start) - 20))
-    python3 -m benchmarks memory --implementations naive,trl_style,tspin,tspin_tiled --seconds "$left" --out "$out" "${commit[@]}" "$@" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
+    python3 -m benchmarks memory ${CAPS:+--caps "$CAPS"} --implementations naive,trl_style,tspin,tspin_tiled --seconds "$left" --out "$out" "${commit[@]}" "$@" >> "$out/table.txt" 2>> "$out/errors.txt" || status=1
 else
     python3 -m benchmarks row_kernels --shape "${SHAPE:-8192x151936}" --seconds $((seconds / 20)) --out "$out" "${commit[@]}" > "$out/table.txt" 2> "$out/errors.txt" || status=1
     left=$((seconds - (SECONDS - start) - 15))

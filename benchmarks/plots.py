@@ -67,20 +67,25 @@ def _draw_training(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def _draw_steps(panel: Any, rows: Sequence[Row], styles: dict[str, int]) -> None:
-    # Bars of each length's implementations, as long as their time over naive's, with the milliseconds beside them.
+    # Bars of each length's implementations, as long as their time over naive's, or where that does not fit over the slowest's, with
+    # the milliseconds beside them.
     found: dict[str, dict[str, Row]] = {}
     for row in rows:
         found.setdefault(step_name(row), {})[row["implementation"]] = row
     height = 0.8 / len(styles)
     for at, by_name in enumerate(found.values()):
-        naive = by_name.get("naive", {}).get("ms")
+        whole = by_name.get("naive", {}).get("ms") or max(row["ms"] for row in by_name.values())
         for name, row in by_name.items():
-            y, over = at + (styles[name] - (len(styles) - 1) / 2) * height, row["ms"] / naive if naive else 1.0
+            y, over = at + (styles[name] - (len(styles) - 1) / 2) * height, row["ms"] / whole
             panel.barh(y, over, height, color=_COLOURS[styles[name] % 8], label=name if at == 0 else None)
             panel.text(over, y, f" {row['ms']:.0f} ms", va="center", fontsize=7)
     panel.set_yticks(range(len(found)), list(found), fontsize=8)
     panel.invert_yaxis()
-    panel.set(xlabel="time over naive's", title="one step", xlim=(0, 1.15 * max(panel.get_xlim()[1], 1.0)))
+    panel.set(
+        xlabel="time over naive's, or over the slowest's where naive does not fit",
+        title="one step",
+        xlim=(0, 1.15 * max(panel.get_xlim()[1], 1.0)),
+    )
     panel.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 

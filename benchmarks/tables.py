@@ -159,7 +159,7 @@ def _summary_line(row: Row, naive: Row) -> str:
 
 
 def training_table(rows: Iterable[Row]) -> str:
-    """Rows of `train_step` and `memory`: time, peak, what is above weights, gradients and states; each over naive's."""
+    """Rows of `train_step` and `memory`: time, peak, what is above weights, gradients and states; over naive's, ours over TRL's."""
     lines, cells = [], {}
     for row in rows:
         if row["benchmark"] == "train_step" or (row["benchmark"] == "memory" and row["longest"] is not None):
@@ -178,11 +178,13 @@ def training_table(rows: Iterable[Row]) -> str:
     for (benchmark, model, method, device, size, cap), found in cells.items():
         ratio = "" if benchmark == "train_step" else " prompt tokens a response token"
         lines += ["", " | ".join(filter(None, (benchmark, model, method, f"{size}{ratio}", cap, device)))]
-        naive = found.get("naive", {})
+        naive, peer = found.get("naive", {}), found.get("trl_style", {})
         fields = ("ms", "peak_gib", "above_gib") if benchmark == "train_step" else ("longest", "peak_gib", "ms")
         for name, row in found.items():
             parts = [_against(row, naive, field) for field in fields]
             why = row.get("refused") or row.get("missing") or ""
+            if name.startswith("tspin") and row.get(fields[0]) and peer.get(fields[0]):
+                parts.append(f"  {row[fields[0]] / peer[fields[0]]:.2f}x TRL's {fields[0]}")
             lines.append(f"  {name:16}" + "".join(parts) + f"  {why}".rstrip())
     return "\n".join(lines)
 
