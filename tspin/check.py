@@ -6,6 +6,7 @@ needs it.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -225,10 +226,12 @@ def _check_memory(
         args.bf16 = True  # the default on a GPU, which may not be this machine's
     members, new = len(args.members_at(iteration)), config.max_new_tokens
     pairs = [(len(e.prompt_ids), len(e.response_ids)) for e in examples] or [(max(args.max_length - new, 1), new)]
-    # The longest triplet that data and max_length allow: samples end where max_length does.
+    # The longest triplets that data and max_length allow, in one micro-batch: samples end where max_length does.
     contexts = [Context(p, (r, *[max(1, min(new, args.max_length - p))] * (members - 1))) for p, r in pairs]
     apart = args.prefix_sharing == "off"
-    longest = max(contexts, key=lambda c: members * (c.prompt + max(c.responses)) if apart else c.tokens)
+    size_of = lambda c: members * (c.prompt + max(c.responses)) if apart else c.tokens
+    longest: Any = heapq.nlargest(args.per_device_train_batch_size, contexts, key=size_of)
+    longest = longest if examples else longest[0]
     try:
         check = MemoryCheck.of_run(config, args, longest, size, gpus=gpus)
         print(*check.spared().table(), sep="\n")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -119,7 +119,7 @@ class MemoryCheck:
     Args:
         model: its config.
         args: of the trainer.
-        context: tokens of the longest triplet.
+        context: tokens of the longest triplet; of the longest ones, where several make a micro-batch.
         gpu_memory: bytes; None predicts for the CPU.
         adapter: what `use_peft` would train, for a remedy; None where that is no choice.
         options: of `predict_memory`, but `gpu`.
@@ -129,13 +129,15 @@ class MemoryCheck:
         self,
         model: PreTrainedConfig,
         args: TSPINConfig,
-        context: Context,
+        context: Context | Sequence[Context],
         gpu_memory: int | None,
         *,
         adapter: Any = None,
         **options: Any,
     ) -> None:
-        self.model, self.args, self.context, self.gpu_memory, self.adapter = model, args, context, gpu_memory, adapter
+        self.model, self.args, self.gpu_memory, self.adapter = model, args, gpu_memory, adapter
+        self.contexts = [context] * args.per_device_train_batch_size if isinstance(context, Context) else list(context)
+        self.context = self.contexts[0]
         self.options = {"peft_config": None, "quantization": "none"} | options | {"gpu": gpu_memory is not None}
         self.prediction = self._predict(args, self.options)
 
@@ -144,7 +146,7 @@ class MemoryCheck:
         cls,
         config: SelfPlayConfig,
         args: TSPINConfig,
-        context: Context,
+        context: Context | Sequence[Context],
         gpu_memory: int | None,
         *,
         gpus: int = 1,
@@ -168,7 +170,12 @@ class MemoryCheck:
 
     @classmethod
     def of_model(
-        cls, model: nn.Module, args: TSPINConfig, context: Context, gpu_memory: int | None, **options: Any
+        cls,
+        model: nn.Module,
+        args: TSPINConfig,
+        context: Context | Sequence[Context],
+        gpu_memory: int | None,
+        **options: Any,
     ) -> MemoryCheck:
         """For a model as the trainer has it, with its adapter."""
         core = causal_lm(model)
@@ -188,8 +195,9 @@ class MemoryCheck:
         )
 
     def _predict(self, args: TSPINConfig, options: dict[str, Any]) -> MemoryPrediction:
-        lengths = {"prompt_tokens": self.context.prompt, "response_tokens": self.context.responses}
-        return predict_memory(self.model, args, **lengths, members=len(self.context.responses), **options)
+        lengths: dict[str, Any] = {"prompt_tokens": self.context.prompt, "response_tokens": self.context.responses}
+        lengths |= {"others": self.contexts[1:], "members": len(self.context.responses)}
+        return predict_memory(self.model, args, **lengths, **options)
 
     @property
     def fits(self) -> bool:
@@ -207,7 +215,7 @@ class MemoryCheck:
                 continue
             args = copy.copy(check.args)
             setattr(args, key, "on")
-            tried = MemoryCheck(self.model, args, self.context, self.gpu_memory, adapter=self.adapter, **self.options)
+            tried = MemoryCheck(self.model, args, self.contexts, self.gpu_memory, adapter=self.adapter, **self.options)
             check = tried if tried.prediction.peak < check.prediction.peak else check
         return check
 
@@ -225,6 +233,8 @@ class MemoryCheck:
         lengths = " to ".join(map(str, sorted({min(responses), max(responses)})))
         rows += " in tiles" if p.tiled else ""
         text = f"{_size(p.peak).strip()} for a prompt of {self.context.prompt} and {len(responses)} responses of "
+        shorter = len(self.contexts) > 1 and self.contexts[-1] != self.context and not p.sequential
+        rows += f", with the next longest, {len(self.contexts)} in all" if shorter else ""
         shards = self.options.get("gpus", 1)
         return f"{text}{lengths} tokens, {rows}" + (f", on each of {shards} GPUs under FSDP2" if shards > 1 else "")
 

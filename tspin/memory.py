@@ -102,6 +102,7 @@ def predict_memory(
     prompt_tokens: int,
     response_tokens: int | Sequence[int],
     triplets: int | None = None,
+    others: Sequence[Context] | None = None,
     dtype: torch.dtype = torch.float32,
     peft_config: Any = None,
     attn_implementation: str | None = None,
@@ -121,6 +122,7 @@ def predict_memory(
         args: of the trainer; method, batch, optimizer, checkpointing, autocast, head and sharing are read from it.
         prompt_tokens, response_tokens: lengths; one number stands for all members.
         triplets: of a micro-batch; default `args.per_device_train_batch_size`.
+        others: the further triplets of the micro-batch, where they are not all as long.
         dtype: of the weights. peft_config: the adapter to train, None for all weights.
         attn_implementation, trust_remote_code: as for loading.
         gpu: of a CUDA GPU with a fused attention kernel; False: of this machine's CPU.
@@ -138,6 +140,7 @@ def predict_memory(
         raise ValueError(
             f"prompt_tokens, response_tokens: want positive lengths, got {prompt_tokens} and {response_tokens}"
         )
+    first = Context(prompt_tokens, lengths)
     sequential = args.sequential_backward == "on" if sequential is None else sequential
     optimizer = optimizer_bytes(args, dtype, gpu)
     loading = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
@@ -154,16 +157,17 @@ def predict_memory(
             with FakeTensorMode(), torch.device("cpu"):
                 _leave_meta(model)
                 quantized = _Quantized.of(model, quantization, dtype)
-                batch = 1 if sequential else args.per_device_train_batch_size if triplets is None else triplets
-                step = _Step(
-                    args, model, Context(prompt_tokens, (max(lengths),) if sequential else lengths), batch, shared, gpu
-                )
+                batch = args.per_device_train_batch_size if triplets is None else triplets
+                contexts = [first] * batch if others is None else [first, *others][:batch]
+                if sequential:
+                    contexts = [Context(prompt_tokens, (max(lengths),))]
+                step = _Step(args, model, contexts, shared, gpu)
                 step.accumulates = sequential or args.gradient_accumulation_steps > 1
                 if sequential and shared:
-                    step.scored = Context(prompt_tokens, lengths)
+                    step.scored = first
                 phases = step.trace(optimizer)
         phases = {phase: quantized.applied(terms) for phase, terms in phases.items()}
-        return MemoryPrediction(Context(prompt_tokens, lengths), phases, shared, sequential, step.tiled)
+        return MemoryPrediction(first, phases, shared, sequential, step.tiled)
 
     depth = config.get_text_config().num_hidden_layers
     layers = _LayerSizes.of(config, trust_remote_code)
@@ -237,15 +241,15 @@ class _Step:
     """One training step without data, on a model that is made for it and spoilt by it."""
 
     def __init__(
-        self, args: TSPINConfig, model: nn.Module, context: Context, triplets: int, shared: bool, gpu: bool
+        self, args: TSPINConfig, model: nn.Module, contexts: Sequence[Context], shared: bool, gpu: bool
     ) -> None:
-        self.args, self.model, self.context, self.triplets = args, model, context, triplets
+        self.args, self.model, self.contexts = args, model, contexts
         self.shared, self.gpu, self.accumulates = shared, gpu, False
         self.scored: Context | None = None  # without a gradient, before the step
         disable_dropout(model)
         if shared:
             causal_lm(model).set_attn_implementation(NAME)
-        elif len(set(context.responses)) == 1:
+        elif len({context.prompt + response for context in contexts for response in context.responses}) == 1:
             assume_no_padding(causal_lm(model))
         self.tiled = args.sequence_tiling == "on" and tiling.refusal(model) is None
         if self.tiled:
@@ -284,7 +288,7 @@ class _Step:
         return phases
 
     def _score(self, live: LiveBytes, context: Context) -> None:
-        inputs, count = self._inputs(context, 1), sum(context.responses)
+        inputs, count = self._inputs([context]), sum(context.responses)
         live.phase, core = SCORING_PHASE, causal_lm(self.model)
         if self.args.fused == "off":
             rows = torch.empty(count, dtype=torch.int64)
@@ -296,8 +300,8 @@ class _Step:
         head_loss(hidden, head_of(self.model), [count], budget=self.args.memory_budget, on_cpu=not self.gpu)
 
     def _forward(self, live: LiveBytes) -> Tensor:
-        per_group = [sum(self.context.responses)] * self.triplets
-        inputs = self._inputs(self.context, self.triplets)
+        per_group = [sum(context.responses) for context in self.contexts]
+        inputs = self._inputs(self.contexts)
         live.phase, core = "forward", causal_lm(self.model)
         layers = decoder_layers(core)
         for layer, phase in zip(layers[-2::-1], [*[_BETWEEN] * (len(layers) - 2), _FIRST], strict=False):
@@ -320,15 +324,14 @@ class _Step:
         head = head_of(self.model)
         return head_loss(hidden, head, per_group, budget=self.args.memory_budget, on_cpu=not self.gpu)
 
-    def _inputs(self, context: Context, triplets: int) -> dict[str, Any]:
-        prompt, responses = context.prompt, context.responses
+    def _inputs(self, contexts: Sequence[Context]) -> dict[str, Any]:
         if self.shared:
-            layout = PrefixLayout(((prompt, responses),) * triplets)
-            input_ids = torch.empty(1, triplets * context.tokens, dtype=torch.int64)
+            layout = PrefixLayout(tuple((context.prompt, context.responses) for context in contexts))
+            input_ids = torch.empty(1, sum(context.tokens for context in contexts), dtype=torch.int64)
             return {"input_ids": input_ids, **layout_inputs(layout, torch.device("cpu"))}
-        input_ids = torch.empty(triplets * len(responses), prompt + max(responses), dtype=torch.int64)
-        padded = len(set(responses)) > 1
-        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids) if padded else None}
+        lengths = [context.prompt + response for context in contexts for response in context.responses]
+        input_ids = torch.empty(len(lengths), max(lengths), dtype=torch.int64)
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids) if len(set(lengths)) > 1 else None}
 
     def _autocast(self) -> Any:
         dtype = self.args.autocast_dtype

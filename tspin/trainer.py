@@ -8,6 +8,7 @@ B triplets of a batch, G members of a triplet (chosen = real, rejected = synthet
 """
 
 import copy
+import heapq
 import importlib.util
 import logging
 import math
@@ -337,7 +338,7 @@ class TSPINTrainer(Trainer):
         return result
 
     def _memory_check(self, **settled: str) -> MemoryCheck | None:
-        """The prediction for the longest triplet of the training set, with the keys `settled` and what is taken of "auto".
+        """The prediction for a micro-batch of the longest triplets, with the keys `settled` and what is taken of "auto".
 
         None where there is no GPU of one's own, or no prediction.
         """
@@ -349,10 +350,11 @@ class TSPINTrainer(Trainer):
         names = [f"{name}_ids" for name in ("prompt", *self.members)]
         rows: Any = self.train_dataset
         lengths = ([len(row[name]) for name in names] for row in rows)
-        prompt, *responses = max(lengths, key=sum if self.sharing else lambda row: row[0] + max(row[1:]))
+        size_of: Any = sum if self.sharing else lambda row: row[0] + max(row[1:])
+        longest = heapq.nlargest(args.per_device_train_batch_size, lengths, key=size_of)
         try:
-            longest = Context(prompt, tuple(responses))
-            return MemoryCheck.of_model(self.model, args, longest, size, sharing=self.sharing).spared()
+            contexts = [Context(prompt, tuple(responses)) for prompt, *responses in longest]
+            return MemoryCheck.of_model(self.model, args, contexts, size, sharing=self.sharing).spared()
         except Exception as error:  # of a model's own code, on tensors without data
             logger.warning("the memory of a step cannot be predicted for %s: %s", type(self.model).__name__, error)
             return None

@@ -23,7 +23,7 @@ from transformers import (
 
 from tspin import attention, tiling
 from tspin.data import MEMBERS, TripletCollator
-from tspin.memory import KEPT, SCORING_PHASE, predict_memory
+from tspin.memory import KEPT, SCORING_PHASE, Context, predict_memory
 from tspin.model import disable_dropout, head_of, install_scoring, score_batch
 from tspin.prefix import NAME, PrefixLayout, layout_inputs
 from tspin.sequential import backward_one_by_one
@@ -88,7 +88,7 @@ def shared_backward(model, prompt: int, responses: tuple[int, ...], triplets: in
     )[0].backward()
 
 
-def measured_peak(config, args, prompt, responses, *, sharing=False, adapter=None) -> int:
+def measured_peak(config, args, prompt, responses, *, sharing=False, adapter=None, others=None) -> int:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     model = model if adapter is None else get_peft_model(model, adapter)
@@ -106,13 +106,15 @@ def measured_peak(config, args, prompt, responses, *, sharing=False, adapter=Non
     one_by_one = args.sequential_backward == "on"
     if sharing:
         (model.get_base_model() if adapter is not None else model).set_attn_implementation(NAME)
-    if one_by_one or not sharing:
+    if one_by_one or others or not sharing:
         install_scoring(model)
 
     def backward() -> None:
-        if sharing and not one_by_one:
+        if sharing and not one_by_one and not others:
             return shared_backward(model, prompt, responses, triplets)
-        batch = TripletCollator(pad_token_id=0, members=members, packed=sharing)(rows_of(prompt, responses, triplets))
+        rows = rows_of(prompt, responses, 1 if others else triplets)
+        rows += [row for other in others or () for row in rows_of(other.prompt, other.responses, 1)]
+        batch = TripletCollator(pad_token_id=0, members=members, packed=sharing)(rows)
         score = partial(score_batch, model, memory_budget=args.memory_budget, fused=args.fused != "off")
         loss_fn = partial(method_loss_fn(args, 0.1), keep=torch.ones(triplets, dtype=torch.bool))
         if one_by_one:
@@ -142,14 +144,14 @@ def measured_peak(config, args, prompt, responses, *, sharing=False, adapter=Non
     return before + most
 
 
-def predicted_peak(config, args, prompt, responses, *, sharing=False, adapter=None) -> int:
-    options = {"sharing": sharing, "peft_config": adapter, "gpu": False}
+def predicted_peak(config, args, prompt, responses, *, sharing=False, adapter=None, others=None) -> int:
+    options = {"sharing": sharing, "peft_config": adapter, "gpu": False, "others": others}
     return predict_memory(config, args, prompt_tokens=prompt, response_tokens=responses, **options).peak
 
 
-def check(tmp_path, config, prompt, responses, *, sharing=False, adapter=None, **values) -> float:
+def check(tmp_path, config, prompt, responses, *, sharing=False, adapter=None, others=None, **values) -> float:
     """The predicted peak by the measured one."""
-    args, options = training_args(tmp_path, **values), {"sharing": sharing, "adapter": adapter}
+    args, options = training_args(tmp_path, **values), {"sharing": sharing, "adapter": adapter, "others": others}
     predicted, measured = (peak(config, args, prompt, responses, **options) for peak in (predicted_peak, measured_peak))
     print(f"{predicted} predicted, {measured} measured: {predicted / measured:.3f}")
     return predicted / measured
@@ -253,6 +255,18 @@ def test_the_peak_is_predicted_within_ten_percent(tmp_path, name, arm, checkpoin
 def test_every_key_that_matters_is_priced(tmp_path, responses, sharing, values):
     ratio = check(tmp_path, CONFIGS["llama"], 192, responses, sharing=sharing, **values)
     assert 0.9 <= ratio <= 1.1, ratio
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_batch_with_one_long_triplet_is_priced_as_it_is(tmp_path, sharing):
+    others, keys = [Context(24, (8, 16, 8))] * 3, {"per_device_train_batch_size": 4, "gradient_checkpointing": True}
+    ratio = check(tmp_path, CONFIGS["llama"], 384, (64, 48, 64), sharing=sharing, others=others, **keys)
+    assert 0.9 <= ratio <= 1.1, ratio
+    alike, apart = (
+        predicted_peak(CONFIGS["llama"], training_args(tmp_path, **keys), 384, (64, 48, 64), sharing=sharing, others=o)
+        for o in (None, others)
+    )
+    assert apart < (0.6 if sharing else 1.001) * alike  # without sharing all rows are as long as the longest
 
 
 def test_autocasts_copies_of_weights_are_gone_when_the_head_runs(monkeypatch):

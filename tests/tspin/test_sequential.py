@@ -130,11 +130,11 @@ def test_a_step_without_any_weight_still_has_gradients(tmp_path):
 
 def prediction(rows, intermediate_size=16, **options) -> MemoryCheck:
     args = TSPINConfig(output_dir="x", **QUIET | BARE | options)
-    longest = max(rows, key=lambda row: sum(len(row[f"{name}_ids"]) for name in ("prompt", *MEMBERS)))
-    context = Context(len(longest["prompt_ids"]), tuple(len(longest[f"{name}_ids"]) for name in MEMBERS))
-    return MemoryCheck.of_model(
-        build(intermediate_size=intermediate_size), args, context, 1, sharing=options.get("prefix_sharing") != "off"
-    )
+    sharing = options.get("prefix_sharing") != "off"
+    contexts = [Context(len(row["prompt_ids"]), tuple(len(row[f"{name}_ids"]) for name in MEMBERS)) for row in rows]
+    contexts.sort(key=lambda c: -c.tokens if sharing else -c.prompt - max(c.responses))
+    model, longest = build(intermediate_size=intermediate_size), contexts[: args.per_device_train_batch_size]
+    return MemoryCheck.of_model(model, args, longest, 1, sharing=sharing)
 
 
 @pytest.mark.parametrize("options", [{}, {"prefix_sharing": "off"}, {"per_device_train_batch_size": 3}])
@@ -144,7 +144,8 @@ def test_auto_takes_tiles_and_then_one_response_at_a_time_just_where_the_longest
     monkeypatch.setattr(tiling, "MLP_TILE", 8)
     monkeypatch.setattr(tiling, "NORM_TILE", 8)
     rows = triplets(7)
-    rows[3]["prompt_ids"] *= 20
+    for row in rows[3:6]:
+        row["prompt_ids"] *= 20
     whole, tiled = (
         prediction(rows, **options, sequence_tiling=switch, intermediate_size=256).prediction.peak
         for switch in ("off", "on")
@@ -208,8 +209,9 @@ def test_a_step_without_memory_names_the_remedies_where_they_are_known(tmp_path,
     assert isinstance(caught.value, StepTooLargeError) == (size is not None)
     if size:
         assert re.match(
-            r"out of memory in step 1; predicted [\d.]+ MiB for a prompt of 4 and 3 responses of 3 to 4 tokens, one row a "
-            r"triplet; what would help, each with those before it: per_device_train_batch_size: 1, ",
+            r"out of memory in step 1; predicted [\d.]+ MiB for a prompt of 4 and 3 responses of 3 to 4 tokens, one row "
+            r"a triplet, with the next longest, 4 in all; what would help, each with those before it: "
+            r"per_device_train_batch_size: 1, ",
             str(caught.value),
         )
 
