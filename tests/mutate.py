@@ -160,13 +160,13 @@ MUTATIONS = [
     Mutation(
         "10 accumulated in the short dtype",
         BLOCKS,
-        "out.shape[1], dtype=torch.float32)",
-        "out.shape[1], dtype=out.dtype)",
+        "accumulate_dtype(out.dtype) if is_sum else out.dtype",
+        "out.dtype",
     ),
     Mutation(
         "10 float16 gradient not rescaled",
         BLOCKS,
-        "if dtype != torch.float16:",
+        "if head.compute_dtype != torch.float16:",
         "if True:",
         "test_precision.py",
     ),
@@ -250,7 +250,7 @@ MUTATIONS = [
             "z * (transform.logit_scale / transform.softcap)",
             "z * (transform.logit_scale**0 / transform.softcap) * transform.logit_scale**2",
         ),
-        ("(2.0 * logit_scale / softcap)", "(2.0 / softcap)"),
+        ("_tanh(z * (logit_scale / softcap))", "_tanh(z / softcap)"),
     ),
     # Edges
     Mutation(
@@ -755,6 +755,69 @@ MUTATIONS = [
         "        if not FRESH:\n",
         "        if False:\n",
         "test_filter.py",
+    ),
+    # What an audit found
+    Mutation(
+        "audit: float16 scaled to one",
+        BLOCKS,
+        "torch.frexp(largest)[1] - 10",
+        "torch.frexp(largest)[1]",
+        "test_precision.py",
+    ),
+    Mutation(
+        "audit: float16 scaled without the transform's factor",
+        BLOCKS,
+        "largest = slope * torch.stack",
+        "largest = torch.stack",
+        "test_precision.py",
+    ),
+    Mutation(
+        "audit: the gradient of hidden rows not counted",
+        BLOCKS,
+        "scattered=dhidden.itemsize if scattered and dhidden else 0",
+        "scattered=0",
+        "test_memory.py",
+    ),
+    Mutation("audit: gathered rows not counted", BLOCKS, "copied if gathered or", "copied if", "test_memory.py"),
+    Mutation(
+        "audit: a second backward behind hooks",
+        OPS,
+        "ctx.is_spent = in_place and ctx.stores",
+        "ctx.is_spent = False",
+        "test_autograd.py",
+    ),
+    Mutation(
+        "audit: a tangent lost", "_inputs.py", "if forward_ad._current_level >= 0:", "if False:", "test_autograd.py"
+    ),
+    Mutation(
+        "audit: a constant's derivative lost",
+        "_inputs.py",
+        "isinstance(value, Tensor) and value.requires_grad",
+        "False",
+        "test_bad_input.py",
+    ),
+    Mutation(
+        "audit: tanh by a difference alone (triton)",
+        TRITON,
+        "tl.where(y < 0.0625, small,",
+        "tl.where(y < 0.0, small,",
+        "test_precision.py",
+        "triton",
+    ),
+    Mutation(
+        "audit: strided operands (triton)",
+        KEPT_TRITON,
+        "operand = operand.contiguous()",
+        "pass",
+        "test_filter.py",
+        "triton",
+    ),
+    Mutation(
+        "audit: a captured tensor beside nothing trained",
+        RUN,
+        "_refuse_captured(losses, [])",
+        "pass",
+        "test_bad_input.py",
     ),
 ]
 

@@ -236,17 +236,16 @@ def _gradients(
     stats = RowStats(pick(m), pick(log_s), None, pick(entropy) if dentropy is not None else None)  # pyright: ignore[reportArgumentType]
     upstream = Upstream(pick(dlogprobs), pick(dentropy), pick(dlogsumexp))
     dtypes = _gradient_dtypes(hidden, weight, grad_buffer, operand_dtype, wanted, group)
-    # Of the rows that count; what is summed over ranks lies together until then.
-    together = index is None or head.shard is not None
     dhidden: Tensor | None = None
     into: Tensor | Scattered | None = None
-    if dtypes[0] is None:
-        pass
-    elif index is None or together:
-        into = dhidden = hidden.new_empty(N, hidden.shape[1], dtype=dtypes[0])
-    else:
-        dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        into = Scattered(partial(_put_rows, dhidden, index), dtypes[0])
+    # Of the rows that count, together where they are all, or where ranks sum them first; else each in its place at once.
+    together = index is None or head.shard is not None
+    if dtypes[0] is not None:
+        if index is None or together:
+            into = dhidden = hidden.new_empty(N, hidden.shape[1], dtype=dtypes[0])
+        else:
+            dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+            into = Scattered(partial(_put_rows, dhidden, index), dtypes[0])
     new_weight_gradient = wanted[1] and grad_buffer is None
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if new_weight_gradient else grad_buffer
     dbias = hidden.new_zeros(head.V, dtype=accumulate_dtype(operand_dtype)) if wanted[2] else None

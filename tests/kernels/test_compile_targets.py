@@ -39,8 +39,8 @@ def compiled(target, *options):
 def assert_compiles(target, *options):
     found = compiled(target, *options)
     assert len(found) >= 24, found
-    # Of the kernel that reads only lists, ptxas trades two registers for more programs at once there.
-    may_spill = {name: 8 * (target == "sm_80" and name.startswith("_keep_largest_kernel")) for name in found}
+    # Of the kernel that reads only lists, ptxas trades two registers for more programs at once, at some widths on each target.
+    may_spill = {name: 8 * name.startswith("_keep_largest_kernel") for name in found}
     bad = {
         name: (spilled, shared)
         for name, (spilled, shared) in found.items()

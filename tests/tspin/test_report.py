@@ -460,6 +460,7 @@ def test_a_damaged_record_is_named(tmp_path, undrawn, name, content):
 )
 def test_damaged_timings_are_named_and_left_out(tmp_path, undrawn, caplog, line):
     (tmp_path / "config.yaml").write_text("model_name_or_path: m\ndataset: d\n")
+    (tmp_path / "run.json").write_text("{}")
     (tmp_path / "timings.jsonl").write_text(line + "\n")
     assert write_report(tmp_path).exists()
     assert "timings.jsonl" in caplog.text and "is damaged" in caplog.text and "the report has no times" in caplog.text
