@@ -195,6 +195,20 @@ def test_float16_gradients_of_a_flat_row_keep_their_digits(fused, constants, bud
         assert error < 1.5 * allowed < 5e-3, f"{name}: {error:.2g}, plain {allowed:.2g}"
 
 
+@pytest.mark.parametrize("constants", [{"logit_scale": 256.0}, {"temperature": 1 / 256}], ids=str)
+def test_float16_gradients_of_a_steep_transform_do_not_overflow(fused, constants):
+    case = make_case(8, 64, 16, seed=5, dtype=torch.float16, bias=False)
+
+    def gradients(case, **options):
+        hidden, weight = (t.clone().requires_grad_() for t in (case.hidden / 16, case.weight / 16))
+        linear_logprobs(hidden, weight, case.targets, **constants, **options).logprobs.sum().backward()
+        return [t.grad.cpu().double() for t in (hidden, weight)]
+
+    exact = gradients(case.to(torch.float64), backend="reference")
+    for got, want in zip(gradients(case.to(fused.device), backend=fused.backend), exact, strict=True):
+        assert relative_error(got, want) < 5e-3
+
+
 @pytest.mark.parametrize("softcap", [1.0, 30.0, 1e3, 1e5, 1e8])
 def test_a_softcap_keeps_the_digits_of_small_logits(fused, softcap):
     """Where it is far above them, the tanh is near zero."""
