@@ -281,6 +281,8 @@ def compute_stats(
                 target_logit[r0:r1],
                 head.transform,
             )
+            del part  # a copy that the budget counts once, as the rows are
+        del rows
     if head.shard is not None:
         m, s, u, target_logit = head.shard.merge(m, s, u, target_logit, targets - head.start)
     log_s = s.log()
@@ -322,6 +324,7 @@ def compute_gradients(
     at, part = -1, head
     for (r0, r1), (c0, c1) in order:
         if at != c0:
+            part = head  # lets the copy before go
             at, part = c0, head.columns(c0, c1)
         block = slice(r0, r1)
         rows = take(hidden, index, r0, r1).to(head.compute_dtype)
@@ -332,6 +335,7 @@ def compute_gradients(
         dhidden.add(r0, r1, dlogits, part.weight, c0 == 0, c1 == head.V)
         dweight.add(c0, c1, dlogits[:, : part.V].T, rows, r0 == 0, r1 == N)
         add_column_sums(None if grads.bias is None else grads.bias[c0:c1], dlogits[:, : part.V], unscale)
+        del rows
 
 
 @without_autocast

@@ -248,26 +248,30 @@ def test_bytes_in_flight(fused, op, rows, columns, dtype):
     assert peak > gradients, "the profiler saw no allocations"
 
 
-@pytest.mark.parametrize("ignored", [0, 1, 700])
-@pytest.mark.parametrize("wanted", [("hidden", "weight"), ("hidden",)], ids=len)
-@pytest.mark.parametrize("plan", ["one block", "several blocks"])
+@pytest.mark.parametrize("ignored", [0, 1])
+@pytest.mark.parametrize("wanted", [("hidden", "weight"), ("hidden",), ("weight",)], ids="-".join)
+@pytest.mark.parametrize("plan", ["store", "almost", "blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bytes_of_hidden_rows(fused, op, dtype, plan, wanted, ignored):
-    """As wide as the vocabulary: what is gathered of them, and what of their gradient is not yet in its place, is in the budget."""
+def test_bytes_of_hidden_rows(monkeypatch, fused, op, dtype, plan, wanted, ignored):
+    """As wide as the vocabulary: what is gathered of them, and what of their gradient is not yet in its place, is in the budget.
+
+    Almost: the logits would fit, but not with a copy of the rows.
+    """
     if fused.interpreted:
-        pytest.skip("2048 rows are slow under Triton's interpreter; the plan is shared with the torch backend")
-    rows = columns = width = 1024
-    case = make_case(rows, columns, width, seed=3, dtype=dtype, bias=False).to(fused.device)
+        pytest.skip("1024 rows are slow under Triton's interpreter; the plan is shared with the torch backend")
+    monkeypatch.setitem(_rows_torch._TILE, "cpu", 2**14)  # so that a copy is more than the row kernels take
+    size = 1024
+    case = make_case(size, size, size, seed=3, dtype=dtype, bias=False).to(fused.device)
     case.targets[:ignored] = -100
     hidden, weight = leaves(case, *wanted)
-    call = partial(op, fused, hidden, weight, case)
-    least = least_budget(lambda budget: call(memory_budget=budget).backward())
-    budget = 64 * 2**20 if plan == "one block" else least + least // 8
-    peak = peak_bytes(lambda: call(memory_budget=budget).backward(), fused.device)
-    gradients = sum({"hidden": rows, "weight": columns}[name] * width * dtype.itemsize for name in wanted)
-    assert gradients < peak < gradients + budget + 200 * rows + bytes_of_tiles(fused, 0), f"{peak / 2**20:.1f} MiB"
-    if plan == "several blocks":
-        assert budget < 40 * 2**20
+    copy = size * size * dtype.itemsize
+    budget = {"store": 64 * 2**20, "almost": copy + copy // 4, "blocks": 3 * copy // 4}[plan]
+    if dtype == torch.bfloat16:
+        budget *= 4  # a CPU widens operands and sums in float32
+    peak = peak_bytes(lambda: op(fused, hidden, weight, case, memory_budget=budget).backward(), fused.device)
+    gradients = copy * len(wanted)
+    tiles = 2**20 + 20 * 2**14 if fused.device == "cpu" else bytes_of_tiles(fused, budget // dtype.itemsize)
+    assert gradients < peak < gradients + budget + 200 * size + tiles, f"{peak / 2**20:.1f} MiB"
 
 
 @pytest.mark.parametrize("N, columns, width", [(100, 128, 4096), (5000, 64, 900), (17, 5001, 8), (1, 1, 1)])
