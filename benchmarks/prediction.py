@@ -19,7 +19,8 @@ from benchmarks.training import LORA_MODULES, model_config
 from tspin.data import MEMBERS
 from tspin.fitting import longest_context
 from tspin.memory import predict_memory
-from tspin.trainer import TSPINConfig, TSPINTrainer
+from tspin.trainer import TSPINTrainer
+from tspin.training_args import TSPINConfig
 
 _CHECKPOINTED = {"gradient_checkpointing": True}
 # model, method, tokens of the prompt and of each response, options of the trainer

@@ -9,12 +9,13 @@ if TYPE_CHECKING:
     from tspin.loop import SelfPlay
     from tspin.prefix import layout_inputs, share_prompts
     from tspin.tiling import tile_sequences
-    from tspin.trainer import TSPINConfig, TSPINTrainer
+    from tspin.trainer import TSPINTrainer
+    from tspin.training_args import TSPINConfig
 
 _HOMES = {
     "SelfPlay": "tspin.loop",
     "SelfPlayConfig": "tspin.config",
-    "TSPINConfig": "tspin.trainer",
+    "TSPINConfig": "tspin.training_args",
     "TSPINTrainer": "tspin.trainer",
     "TripletCollator": "tspin.data",
     "layout_inputs": "tspin.prefix",

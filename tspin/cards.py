@@ -21,7 +21,7 @@ from tspin import storage
 from tspin.config import SelfPlayConfig
 from tspin.ledger import Ledger
 from tspin.report import read_iterations
-from tspin.trainer import TSPINConfig
+from tspin.training_args import TSPINConfig
 
 logger = logging.getLogger(__name__)
 

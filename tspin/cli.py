@@ -142,7 +142,7 @@ def _parser() -> _Parser:
 
 
 def _keys_help() -> str:
-    from tspin.trainer import TSPINConfig
+    from tspin.training_args import TSPINConfig
 
     own = dict(re.findall(r"^ +(\w+): (.+(?:\n {12,}.+)*)", TSPINConfig.__doc__ or "", re.M))
     hints = typing.get_type_hints(TSPINConfig) | typing.get_type_hints(SelfPlayConfig)

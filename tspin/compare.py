@@ -26,7 +26,7 @@ from tspin.config import SelfPlayConfig
 from tspin.ledger import Ledger
 from tspin.loop import RunResult, SelfPlay
 from tspin.report import write_report
-from tspin.trainer import TSPINConfig
+from tspin.training_args import TSPINConfig
 
 logger = logging.getLogger(__name__)
 

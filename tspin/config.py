@@ -1,6 +1,6 @@
 """The configuration of a run: one flat YAML file, `--key value` overrides, and the values of each iteration.
 
-The loop's own keys are the fields of `SelfPlayConfig`; every other key must be a field of `tspin.trainer.TSPINConfig`
+The loop's own keys are the fields of `SelfPlayConfig`; every other key must be a field of `tspin.training_args.TSPINConfig`
 and lands in `training`. Nothing is evaluated: values are text, numbers, booleans, lists and plain mappings, coerced by
 the declared type of their field. This module deliberately reads no model and no data, and imports the trainer only for
 the names and types of its keys.
@@ -207,7 +207,7 @@ def loop_fields() -> dict[str, dataclasses.Field]:
 
 def training_fields() -> dict[str, dataclasses.Field]:
     """The fields of TSPINConfig that a config may set beside the loop's own. Imports torch."""
-    from tspin.trainer import TSPINConfig
+    from tspin.training_args import TSPINConfig
 
     taken = loop_fields().keys() | _OWNED_BY_THE_LOOP.keys()
     fields = [f for f in dataclasses.fields(TSPINConfig) if f.init and not f.name.startswith("hub_")]
@@ -303,7 +303,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
 
 @functools.cache
 def _training_hints() -> dict[str, Any]:
-    from tspin.trainer import TSPINConfig
+    from tspin.training_args import TSPINConfig
 
     hints = typing.get_type_hints(TSPINConfig)
     return {key: hints[key] for key in training_fields()}

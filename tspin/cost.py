@@ -27,7 +27,7 @@ from tspin.tracing import grouped_experts
 
 if TYPE_CHECKING:
     from tspin.config import SelfPlayConfig
-    from tspin.trainer import TSPINConfig
+    from tspin.training_args import TSPINConfig
 
 
 @dataclass(frozen=True)

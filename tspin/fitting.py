@@ -23,7 +23,7 @@ from tspin.prefix import NAME
 
 if TYPE_CHECKING:
     from tspin.config import SelfPlayConfig
-    from tspin.trainer import TSPINConfig
+    from tspin.training_args import TSPINConfig
 
 # Of a GPU's memory, what tensors get: the rest is CUDA's own and holes that the allocator cannot fill.
 USABLE = 0.92

@@ -27,7 +27,7 @@ from tspin.storage import read_json
 
 if TYPE_CHECKING:
     from tspin.config import SelfPlayConfig
-    from tspin.trainer import TSPINConfig
+    from tspin.training_args import TSPINConfig
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ def tokenizer_of(config: SelfPlayConfig, *, revision: str | None = None) -> PreT
 
 def training_args_of(config: SelfPlayConfig, iteration: int = 0, **fixed: Any) -> TSPINConfig:
     """The trainer's arguments of one iteration of a run, outside the loop; `fixed` win over the config's."""
-    from tspin.trainer import TSPINConfig
+    from tspin.training_args import TSPINConfig
 
     own = {"output_dir": config.output_dir, "seed": config.seed}
     return TSPINConfig(**own | config.training_at(iteration) | fixed)

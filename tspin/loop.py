@@ -45,7 +45,8 @@ from tspin.pairs import fresh_summary, pair_table
 from tspin.report import iteration_table, write_report
 from tspin.scoring import scoring_options
 from tspin.timings import timed
-from tspin.trainer import TSPINConfig, TSPINTrainer
+from tspin.trainer import TSPINTrainer
+from tspin.training_args import TSPINConfig
 
 logger = logging.getLogger(__name__)
 

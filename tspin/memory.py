@@ -43,7 +43,7 @@ from tspin.tracing import (
 )
 
 if TYPE_CHECKING:
-    from tspin.trainer import TSPINConfig
+    from tspin.training_args import TSPINConfig
 
 WEIGHTS, FROZEN, STATES, GRADIENTS = "weights", "frozen weights", "optimizer states", "gradients"
 KEPT, HEAD, LOGITS = "activations kept for the backward", "output head", "logits"

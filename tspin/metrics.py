@@ -16,7 +16,7 @@ from torch import Tensor
 from tspin_kernels import SequenceStats
 
 if TYPE_CHECKING:
-    from tspin.trainer import TSPINConfig
+    from tspin.training_args import TSPINConfig
 
 Batch = dict[str, Any]
 

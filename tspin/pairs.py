@@ -24,7 +24,7 @@ from tspin.scoring import score_references, scoring_options
 from tspin_kernels import SequenceStats
 
 if TYPE_CHECKING:
-    from tspin.trainer import TSPINConfig
+    from tspin.training_args import TSPINConfig
 
 _NUMBERS = [f"{kind}/{member}" for kind in ("logps", "rewards") for member in MEMBERS]
 _SCHEMA = pa.schema(

@@ -24,7 +24,7 @@ from tspin.prefix import refusal, share_prompts
 from tspin.sequential import one_by_one
 
 if TYPE_CHECKING:
-    from tspin.trainer import TSPINConfig
+    from tspin.training_args import TSPINConfig
 
 logger = logging.getLogger(__name__)
 

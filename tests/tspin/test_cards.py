@@ -17,7 +17,7 @@ from tspin.cards import write_cards
 from tspin.config import SelfPlayConfig
 from tspin.loop import SelfPlay
 from tspin.push import push
-from tspin.trainer import TSPINConfig
+from tspin.training_args import TSPINConfig
 
 SHORT = {"num_train_epochs": 1, "beta_first_iteration": 0.2, "temperature": 0.9}
 
@@ -293,7 +293,7 @@ def test_tensorboard_has_the_names_and_values_of_the_metrics(run):
 
 def test_a_tracker_that_is_not_installed_is_refused_at_once(tmp_path, monkeypatch):
     assert TSPINConfig(str(tmp_path), use_cpu=True, report_to="all").report_to is not None
-    monkeypatch.setattr("tspin.trainer.get_available_reporting_integrations", lambda: ["wandb"])
+    monkeypatch.setattr("tspin.training_args.get_available_reporting_integrations", lambda: ["wandb"])
     with pytest.raises(ValueError, match=r"report_to: .*got \['tensorboard'\]; pip install 'tspin\[tensorboard\]'"):
         TSPINConfig(str(tmp_path), use_cpu=True, report_to="tensorboard")
     with pytest.raises(ValueError, match=r"the packages of \['ledger'\]"):

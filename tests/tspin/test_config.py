@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tspin.config import SelfPlayConfig, loop_fields, read_values, training_fields
-from tspin.trainer import TSPINConfig
+from tspin.training_args import TSPINConfig
 
 BASE = {"model_name_or_path": "model", "dataset": "rows.jsonl"}
 

@@ -16,7 +16,8 @@ from tspin.data import TripletCollator
 from tspin.diagnostics import LENGTH_RATIO, SATURATED_SHARE, WATCHED_TRIPLETS, Watch
 from tspin.loop import SelfPlay
 from tspin.storage import model_hash
-from tspin.trainer import NonFiniteLossError, TSPINConfig, TSPINTrainer
+from tspin.trainer import NonFiniteLossError, TSPINTrainer
+from tspin.training_args import TSPINConfig
 
 NAN = float("nan")
 

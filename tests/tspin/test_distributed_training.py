@@ -14,7 +14,8 @@ from processes import run_two
 from test_trainer import BARE, QUIET, assert_close, build, parameters, train, triplets
 
 from tspin import tiling
-from tspin.trainer import NonFiniteLossError, TSPINConfig, TSPINTrainer
+from tspin.trainer import NonFiniteLossError, TSPINTrainer
+from tspin.training_args import TSPINConfig
 
 # Rows and the options of two processes, which share prompts; one process gets batches twice as large, of separate rows.
 # Ten rows in rounds of four leave two for the last one, so that the second process only repeats rows there.

@@ -14,7 +14,7 @@ from tspin.data import Example
 from tspin.fitting import USABLE, MemoryCheck, longest_context, parse_memory
 from tspin.loading import add_adapter, lora_config, training_args_of
 from tspin.memory import Context, _LayerSizes, predict_memory
-from tspin.trainer import TSPINConfig
+from tspin.training_args import TSPINConfig
 
 SMALL = LlamaConfig(
     hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, vocab_size=300, head_dim=16

@@ -28,7 +28,8 @@ from tspin.model import disable_dropout, head_of, install_scoring, score_batch
 from tspin.prefix import NAME, PrefixLayout, layout_inputs
 from tspin.sequential import backward_one_by_one
 from tspin.tracing import COPIES, LiveBytes, gpu_attention
-from tspin.trainer import TSPINConfig, method_loss_fn
+from tspin.trainer import method_loss_fn
+from tspin.training_args import TSPINConfig
 from tspin_kernels import linear_sequence_loss, linear_tspin_loss
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4, "vocab_size": 256}

@@ -9,7 +9,7 @@ from test_generate import toy_model
 
 from tspin.generate import Generation
 from tspin.pairs import fresh_summary, pair_table
-from tspin.trainer import TSPINConfig
+from tspin.training_args import TSPINConfig
 
 PROTO, SYNTHETIC, FRESH = [3, 4, 1], [6, 1], [7, 8, 9, 1]
 

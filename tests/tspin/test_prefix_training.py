@@ -14,7 +14,8 @@ from tspin.loading import add_adapter
 from tspin.model import install_scoring, score_batch
 from tspin.prefix import NAME, share_prompts
 from tspin.scoring import score_references, verify_packed_row
-from tspin.trainer import TSPINConfig, TSPINTrainer
+from tspin.trainer import TSPINTrainer
+from tspin.training_args import TSPINConfig
 
 CASES = {method: {"method": method} for method in METHODS} | {
     "one by one": {"sequential_backward": "on"},

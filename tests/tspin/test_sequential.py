@@ -17,7 +17,8 @@ from tspin.loading import add_adapter
 from tspin.memory import Context
 from tspin.model import BatchTooLargeError, install_scoring, score_batch
 from tspin.sequential import backward_one_by_one, one_by_one
-from tspin.trainer import StepTooLargeError, TSPINConfig, TSPINTrainer
+from tspin.trainer import StepTooLargeError, TSPINTrainer
+from tspin.training_args import TSPINConfig
 
 CASES = {method: {"method": method} for method in ("tspin", "tspin_no_history", "tspin_ref", "spin", "sft")} | {
     "regularised": {"entropy_coef": 0.3, "sft_coef": 0.2, "logp_reduction": "mean"},

@@ -26,7 +26,8 @@ from tspin.generate import read_generations
 from tspin.loading import add_adapter
 from tspin.loop import SelfPlay
 from tspin.sharding import whole_weights
-from tspin.trainer import NonFiniteLossError, TSPINConfig, TSPINTrainer
+from tspin.trainer import NonFiniteLossError, TSPINTrainer
+from tspin.training_args import TSPINConfig
 
 LORA = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
 # Model and options of two processes; one process gets batches twice as large.

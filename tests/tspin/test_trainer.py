@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from tspin.data import TripletCollator
 from tspin.scoring import score_references
-from tspin.trainer import NonFiniteLossError, TSPINConfig, TSPINTrainer, method_loss_fn
+from tspin.trainer import NonFiniteLossError, TSPINTrainer, method_loss_fn
+from tspin.training_args import TSPINConfig
 from tspin_kernels import SequenceStats
 
 V = 53
