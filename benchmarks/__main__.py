@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     memory = _add_training(commands, "memory", "the longest triplet that fits, and the peak against length")
     memory.add_argument("--caps", help="GiB, or none for the whole GPU, separated by commas")
     longest = commands.add_parser("longest", help="the longest triplet that is predicted to fit; no GPU is needed")
+    _add_models(longest, "those of the picture")
     longest.add_argument("--caps", default="24,80", help="GiB of the GPU, separated by commas")
     longest.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows, in predicted.jsonl")
     for each in (memory, longest):
@@ -72,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         return int(any(row["missing"] for row in rows))
     if options.command == "longest":
         ratios, caps = ([float(n) for n in text.split(",")] for text in (options.ratios, options.caps))
-        print(prediction.longest_table(prediction.longest(GOALS, ratios, caps, options.out / "predicted.jsonl")))
+        pairs = _pairs(options, [*GOALS, ("qwen3-30b-a3b", "lora")])
+        print(prediction.longest_table(prediction.longest(pairs, ratios, caps, options.out / "predicted.jsonl")))
         return 0
     if options.command in ("train_step", "memory"):
         return _training(options)
@@ -89,13 +91,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _add_training(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     run = commands.add_parser(name, help=text)
-    run.add_argument(
-        "--models", help="names of benchmarks.training; the two of the goals on a GPU, a small one without"
-    )
-    run.add_argument("--methods", help="full, lora or both; on a GPU the one of the goals")
+    _add_models(run, "the two of the goals on a GPU, a small one without")
     run.add_argument("--implementations", help="only these, separated by commas")
     _add_common(run, 300)
     return run
+
+
+def _add_models(run: argparse.ArgumentParser, usual: str) -> None:
+    run.add_argument("--models", help=f"names of benchmarks.training, separated by commas; {usual}")
+    run.add_argument("--methods", help="full, lora or both; where no model is named those that are usual")
+
+
+def _pairs(options: argparse.Namespace, usual: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    if not (options.models or options.methods):
+        return usual
+    models = options.models.split(",") if options.models else [model for model, _ in usual]
+    methods = options.methods.split(",") if options.methods else list(training.METHODS)
+    return [(model, method) for model in models for method in methods]
 
 
 def _add_common(run: argparse.ArgumentParser, seconds: float) -> None:
@@ -119,11 +131,7 @@ def _row_kernels(options: argparse.Namespace) -> int:
 def _training(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     gpu = device.type == "cuda"
-    pairs = GOALS if gpu else [("llama-4-layers", "full")]
-    if options.models or options.methods:
-        models = options.models.split(",") if options.models else [model for model, _ in pairs]
-        methods = options.methods.split(",") if options.methods else list(training.METHODS)
-        pairs = [(model, method) for model in models for method in methods]
+    pairs = _pairs(options, GOALS if gpu else [("llama-4-layers", "full")])
     common = {"device": device, "out": _rows_path(options.out, device), "commit": options.commit}
     common["seconds"] = options.seconds
     names = options.implementations.split(",") if options.implementations else list(training.IMPLEMENTATIONS)

@@ -93,7 +93,7 @@ def _draw_longest(rows: Sequence[Row], path: Path) -> list[Path]:
     # A panel for each model, a group of points for each card and ratio: the longest triplet by what saves memory.
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if row["benchmark"] == "longest"]
+    rows = [row for row in rows if row["benchmark"] == "longest" and row["longest"]]
     cells = list(dict.fromkeys((row["model"], row["method"]) for row in rows))
     if not cells:
         return []

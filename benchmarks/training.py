@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3MoeConfig
 
 from benchmarks import measure
 from tspin.model import head_of, install_scoring, score_batch
@@ -53,7 +53,9 @@ _SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama-4-layers": _shape(LlamaConfig, 8192, 256, 704, 4, 4, 4),
     "qwen2.5-1.5b": _shape(Qwen2Config, 151936, 1536, 8960, 28, 12, 2, tied=True),
     "llama-3.1-8b": _shape(LlamaConfig, 128256, 4096, 14336, 32, 32, 8),
+    "qwen3-30b-a3b": _shape(Qwen3MoeConfig, 151936, 2048, 6144, 48, 32, 4),
 }
+_SHAPES["qwen3-30b-a3b"][1].update(head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8)
 
 
 @dataclass

@@ -56,10 +56,9 @@ def test_a_cpu_is_refused(tmp_path):
 
 
 def test_the_longest_triplets_are_rows_that_grow_with_what_saves_memory(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("benchmarks.__main__.GOALS", [("tiny", "full"), ("tiny", "lora")])
     monkeypatch.setattr(tiling, "MLP_TILE", 64)
     monkeypatch.setattr(tiling, "NORM_TILE", 64)
-    assert main(["longest", "--caps", "0.01", "--ratios", "8", "--out", str(tmp_path)]) == 0
+    assert main(["longest", "--models", "tiny", "--caps", "0.01", "--ratios", "8", "--out", str(tmp_path)]) == 0
     rows = prediction.measure.read_rows(tmp_path / "predicted.jsonl")
     assert [row["levers"] for row in rows] == 2 * list(prediction.LEVERS)
     for method in ("full", "lora"):
