@@ -24,12 +24,14 @@ from benchmarks.study.plan import (
     tuned_rate,
 )
 from tspin.comparison import Estimate
+from tspin.loop import FRESH_ROWS
 
 Row = Mapping[str, Any]
 Series = dict[int, Row]  # by seed
 SAMPLED, FRESH = "exact_match_sampled", "fresh_share"
 HALF = 0.4  # of the pairs misaligned, which (b) lets pass for a half
 MARGIN = 0.02  # of exact match, within which (c) lets two policies pass for matched
+FEWEST = 30  # pairs of which a share is worth a number
 
 
 class Study(NamedTuple):
@@ -74,13 +76,15 @@ class Study(NamedTuple):
 def at(t: int, key: str, part: str | None = None) -> Callable[[Row], float]:
     """What a row has under `key` after iteration t; of its training log's `part`, mean or last, where that is given.
 
-    FRESH is of the pairs whose y' is not y, nan where there are none; rows count it of all.
+    FRESH is of the pairs whose y' is not y, nan of fewer than FEWEST; rows count it of all.
     """
 
     def value(row: Row) -> float:
         entry = row["iterations"][t + 1]
         if key == FRESH and part is None:
-            return entry[FRESH] / (1 - entry["fresh_identical"]) if entry["fresh_identical"] < 1 else math.nan
+            distinct = 1 - entry["fresh_identical"]
+            pairs = distinct * min(FRESH_ROWS, row["keys"].get("max_rows", plan.TRAIN_ROWS))
+            return entry[FRESH] / distinct if pairs >= FEWEST else math.nan
         return (entry if part is None else entry[part])[key]
 
     return value
@@ -125,12 +129,14 @@ def claim_a(study: Study, tspin: str = "tspin", spin: str = "spin") -> Verdict:
         return NOT_RUN
     rises = [study.estimate(tspin, _change(t - 1, t)) for t in range(1, plan.ITERATIONS)]
     curve = [study.estimate(spin, at(t, plan.SCORE)) for t in range(plan.ITERATIONS)]
-    peak = max(range(plan.ITERATIONS), key=lambda t: getattr(curve[t], "mean", 0))
+    peak = max(range(plan.ITERATIONS - 1), key=lambda t: getattr(curve[t], "mean", 0))
     fall = study.estimate(spin, _change(peak, plan.ITERATIONS - 1))
+    heard = [study.estimate(tspin, _change(t - 1, t, SAMPLED)) for t in range(1, plan.ITERATIONS)]
     greedy, sampled = study.difference(tspin, spin), study.difference(tspin, spin, last(SAMPLED))
     why = (
-        f"T-SPIN changes from iteration to iteration by {', '.join(shown(rise, True) for rise in rises)}. SPIN is best at "
-        f"iteration {peak} and changes by {shown(fall, True)} from there to the last. T-SPIN less SPIN at the last: "
+        f"T-SPIN changes from iteration to iteration by {', '.join(shown(rise, True) for rise in rises)} greedy and "
+        f"{', '.join(shown(rise, True) for rise in heard)} sampled. Of the iterations before the last SPIN is best at {peak}, "
+        f"and changes by {shown(fall, True)} from there to the last. T-SPIN less SPIN at the last: "
         f"{shown(greedy, True)} greedy, {shown(sampled, True)} sampled."
     )
     halves = [(rise, 0) for rise in rises], [(_negated(fall), 0)]
@@ -182,10 +188,11 @@ def claim_d(study: Study) -> Verdict:
     steps = range(1, plan.ITERATIONS)
     along = study.difference(with_history, without, lambda row: mean(at(t, plan.SCORE)(row) for t in steps))
     drop = study.difference(without, with_history, lambda row: -min(_change(t - 1, t)(row) for t in steps))
+    ends = [study.difference(with_history, without, last(key)) for key in (plan.SCORE, SAMPLED)]
     why = (
         f"T-SPIN with history less without: {shown(along, True)} as a mean over iterations 1 to {plan.ITERATIONS - 1}, "
-        f"{shown(study.difference(with_history, without), True)} at the last, "
-        f"{shown(study.difference(with_history, without, last(SAMPLED)), True)} sampled at the last. The largest drop from one "
+        f"{shown(ends[0], True)} at the last, {shown(ends[1], True)} sampled at the last, where history is "
+        f"{side(ends[0])} greedy and {side(ends[1])} sampled. The largest drop from one "
         f"iteration to the next is larger without history by {shown(drop, True)}. That progress is slower "
         f"{_all(study, (with_history, without), [(along, 0)])}; that it is less stable "
         f"{_all(study, (with_history, without), [(drop, 0)])}."
@@ -193,8 +200,19 @@ def claim_d(study: Study) -> Verdict:
     return Verdict(_all(study, (with_history, without), [(along, 0), (drop, 0)]), why)
 
 
-def _change(before: int, after: int) -> Callable[[Row], float]:
-    return lambda row: at(after, plan.SCORE)(row) - at(before, plan.SCORE)(row)
+def side(difference: Estimate | None) -> str:
+    """What an interval of a difference says in words."""
+    if (
+        difference is None
+        or difference.ci is None
+        or difference.mean - difference.ci <= 0 <= difference.mean + difference.ci
+    ):
+        return "not told apart"
+    return "ahead" if difference.mean > 0 else "behind"
+
+
+def _change(before: int, after: int, key: str = plan.SCORE) -> Callable[[Row], float]:
+    return lambda row: at(after, key)(row) - at(before, key)(row)
 
 
 def _negated(estimate: Estimate | None) -> Estimate | None:
@@ -202,13 +220,14 @@ def _negated(estimate: Estimate | None) -> Estimate | None:
 
 
 def _all(study: Study, names: Sequence[str], wanted: Sequence[tuple[Estimate | None, float]]) -> str:
-    """`holds` where every interval lies above its bound, `does not hold` where one lies below or a mean is not above it."""
+    """`holds` where every interval lies above its bound, `does not hold` where one does not reach above it."""
     if not _seeds(study, *names) or any(estimate is None for estimate, _ in wanted):
         return "is pending"
     pairs = [(estimate, bound) for estimate, bound in wanted if estimate is not None]
     if all(estimate.mean - (estimate.ci or 0.0) > bound for estimate, bound in pairs):
         return "holds"
-    return "does not hold" if any(estimate.mean <= bound for estimate, bound in pairs) else "is not settled"
+    refuted = any(estimate.mean + (estimate.ci or 0.0) <= bound for estimate, bound in pairs)
+    return "does not hold" if refuted else "is not settled"
 
 
 CLAIMS = {

@@ -29,10 +29,15 @@ from tspin import storage
 
 METHODS = ("tspin", "spin", "sft", "tspin_no_history", "tspin_ref")
 TUNING_SEED, SEEDS = 100, (0, 1, 2)
-RATES = {"tspin": (1e-6, 3e-6, 1e-5), "spin": (3e-7, 1e-6, 3e-6), "sft": (3e-5, 1e-4, 3e-4)}
+RATES = {
+    "tspin": (1e-6, 3e-6, 1e-5),
+    "spin": (3e-7, 1e-6, 3e-6),
+    "sft": (3e-5, 1e-4, 3e-4),
+    "tspin_ref": (1e-5, 3e-5, 1e-4),
+}
 _HALF_DECADES = (1e-8, 3e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-# Ablations are run at the rate of what they ablate.
-RATE_OF = {"tspin_no_history": "tspin", "tspin_ref": "tspin"}
+# Without history it is the same loss but for one term.
+RATE_OF = {"tspin_no_history": "tspin"}
 HERE = Path(__file__).parent
 _PACKAGES = ("tspin", "torch", "triton", "transformers", "accelerate", "datasets")
 

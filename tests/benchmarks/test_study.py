@@ -150,6 +150,14 @@ def test_fresh_pairs_are_counted_without_those_whose_two_responses_are_one():
     assert claims.last(claims.FRESH)(row) == claims.at(0, claims.FRESH)(row) == 0.4
     row["iterations"][-1] |= {"fresh_share": 0.0, "fresh_identical": 1.0}
     assert math.isnan(claims.last(claims.FRESH)(row))
+    # A share of 26 of 256 pairs, or of 32 of which a quarter is left.
+    row["iterations"][-1] |= {"fresh_share": 0.05, "fresh_identical": 0.9}
+    assert math.isnan(claims.last(claims.FRESH)(row))
+    row["iterations"][-1] |= {"fresh_share": 0.05, "fresh_identical": 0.75}
+    assert claims.last(claims.FRESH)(row) == 0.2
+    few = made_row(Arm({"method": "spin", **plan.QUARTER}, 0), [0.3, 0.5])
+    few["iterations"][-1] |= {"fresh_share": 0.05, "fresh_identical": 0.78}
+    assert math.isnan(claims.last(claims.FRESH)(few))
     rows = full_rows({})
     study = Study.of(rows)
     study.arms["spin"][3]["iterations"][-1] |= {"fresh_share": 0.0, "fresh_identical": 1.0}
@@ -187,6 +195,28 @@ def test_noise_over_seeds_leaves_a_claim_unsettled():
         for t, entry in enumerate(row["iterations"]):
             entry["exact_match"] += 0.4 * (-1) ** (seed + t) * (seed < 2)
     assert claims.claim_a(Study.of(rows)).word == "is not settled"
+
+
+def test_a_mean_on_the_wrong_side_settles_nothing():
+    flat = [0.3, 0.5, 0.6, 0.7, 0.8, 0.9]
+    rows = full_rows({"tspin_no_history": flat})
+    assert claims.claim_d(Study.of(rows)).word == "does not hold"  # as fast in every seed
+    for seed, row in Study.of(rows).arms["tspin_no_history"].items():
+        for t, entry in enumerate(row["iterations"]):
+            entry["exact_match"] += 0.01 * seed - 0.018 + 0.004 * (seed - 2) * t
+    found = Study.of(rows)
+    along = found.difference("tspin", "tspin_no_history")
+    assert along.mean < 0 < along.mean + along.ci
+    assert claims.claim_d(found).word == "is not settled"
+    assert claims.side(along) == "not told apart"
+
+
+@pytest.mark.parametrize(
+    ("values", "word"), [([0.1, 0.2], "not told apart"), ([0.1, 0.11], "ahead"), ([-0.1, -0.11], "behind")]
+)
+def test_words_for_an_interval(values, word):
+    assert claims.side(claims.Estimate.of(values)) == word
+    assert claims.side(claims.Estimate.of(values[:1])) == claims.side(None) == "not told apart"
 
 
 def test_the_page_begins_with_what_does_not_hold_and_counts_what_is_there(tmp_path):

@@ -124,13 +124,17 @@ def tuned_rows() -> list[dict]:
     return rows
 
 
-def test_rates_are_tuned_first_and_ablations_take_the_rate_of_what_they_ablate():
+def test_rates_are_tuned_first_and_the_ablation_takes_the_rate_of_what_it_ablates():
     arms = study.plan([])
-    assert {a.phase for a in arms} == {"tune"} and {a.seed for a in arms} == {study.TUNING_SEED} and len(arms) == 9
+    assert {a.phase for a in arms} == {"tune"} and {a.seed for a in arms} == {study.TUNING_SEED} and len(arms) == 12
     rows = tuned_rows()
     assert study.plan(rows[:-1]) == [  # methods whose rates are known can go on
         study.Arm("tune", "tspin", 3e-5, study.TUNING_SEED),
-        *(study.Arm("test", m, r, s) for s in study.SEEDS for m, r in (("spin", 1e-6), ("sft", 1e-4))),
+        *(
+            study.Arm("test", m, r, s)
+            for s in study.SEEDS
+            for m, r in (("spin", 1e-6), ("sft", 1e-4), ("tspin_ref", 3e-5))
+        ),
     ]
     arms = study.plan(rows)
     assert [a.seed for a in arms] == [seed for seed in study.SEEDS for _ in study.METHODS]
@@ -139,7 +143,7 @@ def test_rates_are_tuned_first_and_ablations_take_the_rate_of_what_they_ablate()
         "spin": 1e-6,
         "sft": 1e-4,
         "tspin_no_history": 1e-5,
-        "tspin_ref": 1e-5,
+        "tspin_ref": 3e-5,
     }
     assert study.plan([*rows, row_of(arms[0], 0.5)]) == arms[1:]
 
@@ -224,14 +228,14 @@ def processes(monkeypatch):
 def test_a_call_goes_on_after_the_rows_that_are_there(processes, tmp_path):
     path, options = tmp_path / "rows.jsonl", {"seconds": 60, "jobs": 2, "commit": None}
     arms = study.plan([])
-    path.write_text("".join(json.dumps(row_of(arm, 0.5)) + "\n" for arm in arms[:8]))
+    path.write_text("".join(json.dumps(row_of(arm, 0.5)) + "\n" for arm in arms[:-1]))
     assert study.run(tmp_path, path, study.SIZES["tiny"], **options) == 0
     started = [name for name in processes.log if name != "killed"]
-    assert started[:2] == [f"pupil {study.TUNING_SEED}", arms[8].name]
+    assert started[:2] == [f"pupil {study.TUNING_SEED}", arms[-1].name]
     assert [name for name in started if name.startswith("pupil")] == [
         f"pupil {s}" for s in (study.TUNING_SEED, *study.SEEDS)
     ]
-    assert len(study.read_rows(path, "tiny")) == 9 + 15 and not study.plan(study.read_rows(path, "tiny"))
+    assert len(study.read_rows(path, "tiny")) == len(arms) + 15 and not study.plan(study.read_rows(path, "tiny"))
     assert study.read_rows(path) == []  # of the full size
 
 
