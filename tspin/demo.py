@@ -212,7 +212,7 @@ def _prepare(directory: Path, size: Size, seed: int) -> None:
     """
     done, what = directory / "pupil.json", {**size._asdict(), "seed": seed}
     if done.exists():
-        if (known := json.loads(done.read_text())) != what:
+        if (known := json.loads(done.read_text(encoding="utf-8"))) != what:
             raise ValueError(
                 f"output_dir: want a directory for {what}, got {directory} with a demo of {known}; choose another"
             )
@@ -221,7 +221,7 @@ def _prepare(directory: Path, size: Size, seed: int) -> None:
     write_rows(directory / "test.jsonl", "test", size.test_rows, seed)
     options = {"steps": size.steps, "batch_size": 128, "learning_rate": 3e-3, "seed": seed}
     pretrain(directory / "pupil", build_tokenizer(), sloppy_texts(seed), **options, **PUPIL)
-    done.write_text(json.dumps(what))
+    done.write_text(json.dumps(what), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -282,7 +282,7 @@ class SelfPlay:
         if self.is_main:
             storage.remove_partial(self.directory)
             record = {
-                "command": sys.argv,
+                "command": _own_command(),
                 "processes": self.world,
                 "device": str(PartialState().device),
                 "platform": platform.platform(),
@@ -497,3 +497,9 @@ class SelfPlay:
 
 def _examples_hash(examples: list[Example]) -> str:
     return storage.hash_json([[e.row, e.prompt_ids, e.response_ids, e.response, *e.choices] for e in examples])
+
+
+def _own_command() -> list[str]:
+    # Of another program's words some may be secret.
+    program = Path(sys.argv[0])
+    return sys.argv if program.name == "tspin" or program.parts[-2:] == ("tspin", "__main__.py") else sys.argv[:1]

@@ -44,7 +44,7 @@ def push(
     if triplets:
         folder, stages = run, [name for name in sorted(done) if name.endswith("/triplets")]
     else:
-        trained = [int(name[5:7]) for name in sorted(done) if name.endswith("/model")]
+        trained = sorted(int(name[len("iter_") : -len("/model")]) for name in done if name.endswith("/model"))
         iteration = max(trained, default=-1) if iteration is None else iteration
         if iteration not in trained:
             raise ValueError(f"--iteration: want a finished one of {trained}, got {iteration}; `tspin run` finishes it")

@@ -108,11 +108,7 @@ def read_iterations(run_dir: str | Path) -> list[dict[str, Any]]:
     rows = []
     for t, evaluation, log in [
         (-1, directory / "eval_initial.json", []),
-        *(
-            (int(path.name[5:]), path / "eval.json", read_metrics(path / "metrics.jsonl"))
-            for path in sorted(directory.glob("iter_[0-9]*"))
-            if path.name[5:].isdecimal()
-        ),
+        *((t, path / "eval.json", read_metrics(path / "metrics.jsonl")) for t, path in iteration_folders(directory)),
     ]:
         scores = _numbers(_json_object(evaluation.read_bytes(), str(evaluation))) if evaluation.exists() else {}
         keys = {key for entry in log for key in entry}
@@ -120,6 +116,12 @@ def read_iterations(run_dir: str | Path) -> list[dict[str, Any]]:
         if scores or log:
             rows.append({**means, **scores, "iteration": t, "log": log})
     return rows
+
+
+def iteration_folders(directory: Path) -> list[tuple[int, Path]]:
+    """The folders of a run's iterations by number; what else begins like one, a copy say, is left alone."""
+    named = (path for path in directory.glob("iter_*") if path.name[5:].isdecimal() and path.is_dir())
+    return sorted((int(path.name[5:]), path) for path in named)
 
 
 def _lacks(directory: Path) -> str | None:
@@ -201,7 +203,8 @@ class Run:
 
     def prompts(self, count: int) -> list[Prompt]:
         """The first rows of the training data: what `responses` can be shown beside. Empty before the first triplets are built."""
-        for path in sorted(self.directory.glob("iter_[0-9]*/triplets.parquet")):
+        for _, folder in iteration_folders(self.directory):
+            path = folder / "triplets.parquet"
             with contextlib.suppress(OSError, pa.ArrowException):
                 table = pq.read_table(path, columns=["row", "prompt", "chosen"])
                 rows = sorted({row["row"]: row for row in table.to_pylist()}.values(), key=lambda row: row["row"])
@@ -211,10 +214,9 @@ class Run:
     def responses(self, rows: Sequence[int]) -> dict[str, dict[int, tuple[str, str]]]:
         """By source, then by row: text and finish reason. Sources: "y0", the proto responses; "π0", "π1", ..., the policies."""
         sources = {"y0": self.directory / "proto"}
-        for row in sorted(self.directory.glob("iter_[0-9]*")):
-            t = int(row.name[5:])
-            sources |= {f"π{t}": row / "synthetic"} if (row / "synthetic").exists() else {}
-            sources |= {f"π{t + 1}": row / "fresh"} if (row / "fresh").exists() else {}
+        for t, folder in iteration_folders(self.directory):
+            sources |= {f"π{t}": folder / "synthetic"} if (folder / "synthetic").exists() else {}
+            sources |= {f"π{t + 1}": folder / "fresh"} if (folder / "fresh").exists() else {}
         found = {name: _responses(directory, set(rows)) for name, directory in sources.items()}
         return {name: texts for name, texts in found.items() if texts}
 

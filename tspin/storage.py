@@ -110,7 +110,7 @@ def read_json(path: str | os.PathLike) -> Any:
         ValueError: the file is not JSON, with its name.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); restore it, or start in another output_dir") from error
 
@@ -127,7 +127,7 @@ def read_record(path: str | os.PathLike) -> dict[str, Any]:
         ValueError: the file is not what was written, with its name.
     """
     try:
-        value = json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
         if value.pop("seal") == hash_json(value):
             return value
         problem = "its contents are not those of its seal"

@@ -254,6 +254,19 @@ def test_what_is_not_as_the_run_recorded_it_is_not_uploaded(mine, hub):
     assert len(hub.calls) == 2
 
 
+def test_the_last_model_is_the_one_with_the_highest_number(mine, capsys):
+    record = storage.read_record(mine / "state.json")
+    moved = {name.replace("iter_01", "iter_101"): made for name, made in record["done"].items()}
+    for name, made in moved.items():
+        moved[name] = {path.replace("iter_01", "iter_101"): digest for path, digest in made.items()}
+    (mine / "iter_01").rename(mine / "iter_101")
+    storage.write_record(mine / "state.json", record | {"done": moved})
+    push(mine, "me/x", dry_run=True)
+    assert "iter_101/model" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"want a finished one of \[0, 101\], got 10"):
+        push(mine, "me/x", iteration=10)
+
+
 def test_tokens_are_nowhere(run, hub, monkeypatch, capsys, caplog):
     secret = "hf_" + "A" * 34
     monkeypatch.setenv("HF_TOKEN", secret)

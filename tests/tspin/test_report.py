@@ -23,7 +23,7 @@ from tspin.report import (
     read_iterations,
     write_report,
 )
-from tspin.run_files import Run
+from tspin.run_files import Run, iteration_folders
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -453,6 +453,17 @@ def test_a_damaged_record_is_named(tmp_path, undrawn, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=f"{name}.* is damaged: .*restore it, or delete the file"):
         write_report(tmp_path)
+
+
+def test_iterations_are_folders_with_a_number_in_its_order(tmp_path):
+    for name in ("iter_100", "iter_11", "iter_02", "iter_02.bak", "iter_x"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "iter_3").write_text("")
+    assert [(t, path.name) for t, path in iteration_folders(tmp_path)] == [
+        (2, "iter_02"),
+        (11, "iter_11"),
+        (100, "iter_100"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from test_data import make_tokenizer
 from test_loop import make_toy, toy_config
 
+from tspin import loop
 from tspin.checkpoints import Checkpoints
 from tspin.cli import main
 from tspin.config import SelfPlayConfig, loop_fields, training_fields
@@ -216,3 +217,17 @@ def test_a_token_is_refused_as_a_key_and_not_repeated(toy, capsys):
         printed = capsys.readouterr()
         assert "token" in printed.err and SECRET not in printed.out + printed.err
     assert not (toy / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "is_ours"),
+    [
+        ("/env/bin/tspin", True),
+        ("/env/site-packages/tspin/__main__.py", True),
+        ("tspin/train.py", False),
+        ("-c", False),
+    ],
+)
+def test_a_run_records_no_words_of_another_program(program, is_ours, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program, "run", "--hf_token", SECRET])
+    assert loop._own_command() == (sys.argv if is_ours else [program])

@@ -300,3 +300,13 @@ def test_a_record_knows_every_bit_of_itself(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"state\.json is damaged"):
             storage.read_record(path)
+
+
+def test_records_are_read_whatever_the_locale_says(tmp_path):
+    """As they are written: in UTF-8."""
+    path = tmp_path / "state.json"
+    storage.write_record(path, {"prompt_template": "für {prompt}"})
+    code = "import sys; from tspin import storage; print(ascii([storage.read_record(sys.argv[1]), storage.read_json(sys.argv[1])]))"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    found = subprocess.run([sys.executable, "-c", code, path], env=environment, capture_output=True, text=True)
+    assert found.stdout.count("f\\xfcr") == 2, found.stderr
