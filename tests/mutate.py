@@ -200,8 +200,8 @@ MUTATIONS = [
     Mutation(
         "13 normalizer lost on the plain path",
         SUMS,
-        "return total /",
-        "return total if True else total /",
+        "loss = total /",
+        "loss = total if True else total /",
         SEQUENCES,
         "",
     ),
@@ -422,8 +422,8 @@ MUTATIONS = [
     Mutation(
         "first rows added to uninitialised memory",
         RUN,
-        "start, fresh = 0, True",
-        "start, fresh = 0, False",
+        "    fresh = True\n",
+        "    fresh = False\n",
         SEQUENCES,
     ),
     # Zero coefficients, grad_buffer, process_group

@@ -29,10 +29,10 @@ from transformers.masking_utils import sdpa_mask
 from tspin import attention, prefix, tiling
 from tspin.model import Head
 from tspin_kernels._blocks import Head as KernelHead
-from tspin_kernels._groups import group_blocks
+from tspin_kernels._groups import GroupPlan, plan_groups
 from tspin_kernels._inputs import LogitTransform
 from tspin_kernels._linear_logprobs import product_dtypes
-from tspin_kernels._plan import DEFAULT_BUDGET, plan_blocks
+from tspin_kernels._plan import DEFAULT_BUDGET
 from tspin_kernels._rows_torch import _TILE
 
 WORK, COPIES = "working set", "weight copies of autocast"
@@ -268,31 +268,27 @@ class _HeadLoss(torch.autograd.Function):
     """The allocations of `linear_sequence_loss`, sized by its own planner, in its order."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, sizes: _HeadSizes) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: GroupPlan, ranges: list[int]
+    ) -> Tensor:
+        # ranges: bytes of the logits of each, with all that its products need.
         ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
         grads: list[Tensor | None] = [None, None, None]
-        if sizes.wanted[0]:
-            grads[0] = hidden.new_empty(hidden.shape, dtype=sizes.hidden_dtype)
-        if sizes.wanted[1]:
-            grads[1] = weight.new_empty(weight.shape, dtype=sizes.weight_dtype)
-        if sizes.wanted[2] and bias is not None:
+        if plan.wanted[0]:
+            grads[0] = hidden.new_empty(hidden.shape, dtype=plan.dtypes[0])
+        if plan.wanted[1]:
+            grads[1] = weight.new_empty(weight.shape, dtype=plan.dweight)
+        if plan.wanted[2] and bias is not None:
             grads[2] = bias.new_empty(bias.shape, dtype=torch.float32)
-        for block in sizes.blocks:
-            hidden.new_empty(block, dtype=torch.uint8)
+        for size in ranges:
+            hidden.new_empty(size, dtype=torch.uint8)
         ctx.grads = grads
         return hidden.new_empty((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
-        return *(None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None
-
-
-class _HeadSizes(NamedTuple):
-    wanted: list[bool]  # gradients of hidden, weight and bias
-    hidden_dtype: torch.dtype
-    weight_dtype: torch.dtype
-    blocks: list[int]  # bytes of each block of logits with all that its products need
+        return *(None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None, None
 
 
 def head_loss(hidden: Tensor, head: Head, per_group: Sequence[int], *, budget: int | None, on_cpu: bool) -> Tensor:
@@ -300,27 +296,20 @@ def head_loss(hidden: Tensor, head: Head, per_group: Sequence[int], *, budget: i
 
     hidden: [T, D]. Under autocast, as the op itself, in its dtype. budget: bytes, None for the op's own.
     """
-    budget = DEFAULT_BUDGET if budget is None else budget
     compute, logits = product_dtypes(hidden, head.weight, None, "auto")
     weight, bias, N = head.weight, head.bias, sum(per_group)
-    kernel = KernelHead(weight, bias, LogitTransform(1.0, None, 1.0), compute, logits, None)  # type: ignore[arg-type]
+    kernel = KernelHead(weight, bias, LogitTransform(), compute, logits, None)  # type: ignore[arg-type]
     # The planner asks a tensor for its dtype and whether the CPU holds it.
     like = hidden if on_cpu else torch.empty(0, dtype=hidden.dtype, device="meta")
     grad = torch.is_grad_enabled()
     wanted = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    rows = _HeadRows(hidden.new_empty(N, dtype=torch.int64), list(per_group))
-    half = compute == torch.float16
-    hidden_dtype = torch.float32 if half else hidden.dtype
-    dtypes = hidden_dtype if wanted[0] else None, weight.dtype if wanted[1] else None
-    ranges = group_blocks(kernel, like, rows, dtypes, budget) if any(wanted) else None  # type: ignore[arg-type]
-    blocks = []
-    for _, _, n in ranges or [(0, len(per_group), N)]:
-        sizes = kernel.sizes(n, like, *dtypes, gathered=True, scattered=True)
-        plan = plan_blocks(sizes, budget)
-        rows_, cols = (max(1, n), kernel.V) if ranges else (plan.rows, plan.cols)
+    rows: Any = _HeadRows(hidden.new_empty(N, dtype=torch.int64), list(per_group))
+    plan = plan_groups(kernel, like, rows, wanted, DEFAULT_BUDGET if budget is None else budget)
+    ranges = []
+    for _, _, block in plan.ranges:
+        n = block.stop - block.start
+        shape = plan.blocks(kernel, like, n)
         # On a CPU the work on rows holds a few float32 tiles of logits; on a GPU it is a kernel.
-        tiles = 3 * 4 * min(n * cols, _TILE["cpu"]) if on_cpu else 0
-        blocks.append(sizes.total(rows_, cols) + tiles)
-    several = ranges is not None and len(ranges) > 1
-    widened = _HeadSizes(wanted, hidden_dtype, torch.float32 if half or several else weight.dtype, blocks)
-    return _HeadLoss.apply(hidden, weight, bias, widened)
+        tiles = 3 * 4 * min(n * shape.cols, _TILE["cpu"]) if on_cpu else 0
+        ranges.append(plan.sizes(kernel, like, n).total(shape.rows, shape.cols) + tiles)
+    return _HeadLoss.apply(hidden, weight, bias, plan, ranges)

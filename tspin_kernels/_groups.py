@@ -24,7 +24,7 @@ from tspin_kernels._blocks import (
 )
 from tspin_kernels._filter import FilterReport, compute_filtered_gradients, filter_bytes
 from tspin_kernels._inputs import HostCopy, accumulate_dtype, answers_at_once
-from tspin_kernels._plan import Blocks, plan_blocks
+from tspin_kernels._plan import Blocks, Sizes, plan_blocks
 from tspin_kernels._sequences import LossFn, SequenceStats, group_losses, run_lengths, sum_sequences
 
 
@@ -172,42 +172,76 @@ def _live_rows(upstream: Upstream) -> Tensor:
 
 
 class Range(NamedTuple):
-    """Consecutive groups, and how many rows they have."""
+    """Consecutive groups, and their rows."""
 
     start: int
     stop: int
-    rows: int
+    rows: slice
 
 
 def _pack(per_group: list[int], max_rows: int) -> list[Range] | None:
     # Ranges of groups of at most `max_rows` rows, None where one group alone has more.
-    ranges, start, used = [], 0, 0
+    ranges, start, first, last = [], 0, 0, 0
     for group, rows in enumerate(per_group):
         if rows > max_rows:
             return None
-        if used + rows > max_rows:
-            ranges.append(Range(start, group, used))
-            start, used = group, 0
-        used += rows
-    ranges.append(Range(start, len(per_group), used))
+        if last + rows - first > max_rows:
+            ranges.append(Range(start, group, slice(first, last)))
+            start, first = group, last
+        last += rows
+    ranges.append(Range(start, len(per_group), slice(first, last)))
     return ranges
 
 
-def group_blocks(
+class GroupPlan(NamedTuple):
+    """Which groups are taken together, and the dtypes of their gradients."""
+
+    ranges: list[Range]
+    one_pass: bool  # the logits of a range become their own gradient; else its products are made twice
+    wanted: list[bool]  # gradients of hidden rows, weight and bias
+    dtypes: tuple[torch.dtype | None, torch.dtype | None]  # of those of hidden rows and weight; None where not wanted
+    dweight: torch.dtype  # of the weight's while ranges are summed
+    budget: int
+
+    def sizes(self, head: Head, hidden: Tensor, n: int) -> Sizes:
+        """Those of a range of n rows."""
+        return head.sizes(n, hidden, *self.dtypes, gathered=True, scattered=True)
+
+    def blocks(self, head: Head, hidden: Tensor, n: int) -> Blocks:
+        """Those of a range of n rows."""
+        return Blocks(max(1, n), head.V) if self.one_pass else plan_blocks(self.sizes(head, hidden, n), self.budget)
+
+
+def plan_groups(
+    head: Head, hidden: Tensor, rows: Rows, wanted: list[bool], budget: int, filtered: bool = False
+) -> GroupPlan:
+    """The plan of a call; `hidden` is asked for its dtype and device alone."""
+    wide, is_half = accumulate_dtype(head.compute_dtype), head.compute_dtype == torch.float16
+    # A float16 gradient waits in float32 for its scale; what ranks sum is not rounded before.
+    dhidden = wide if is_half or head.shard is not None else hidden.dtype
+    dtypes = dhidden if wanted[0] else None, head.weight.dtype if wanted[1] else None
+    ranges = _fitting_ranges(head, hidden, rows, dtypes, budget, filtered) if any(wanted) else None
+    is_summed = ranges is not None and len(ranges) > 1
+    dweight = wide if is_half or is_summed else head.weight.dtype
+    whole = [Range(0, rows.groups, slice(0, rows.index.shape[0]))]
+    return GroupPlan(ranges or whole, ranges is not None, wanted, dtypes, dweight, budget)
+
+
+def _fitting_ranges(
     head: Head,
     hidden: Tensor,
     rows: Rows,
     dtypes: tuple[torch.dtype | None, torch.dtype | None],
     budget: int,
-    filtered: bool = False,
+    filtered: bool,
 ) -> list[Range] | None:
-    """Ranges of groups whose logits fit beside their gradients in `hidden` and weight, of `dtypes`; None where one group is too
-    large, and the call takes two passes."""
+    # Ranges whose logits fit beside their gradients in `hidden` and weight, of `dtypes`; None where one group is too large, and the
+    # call takes two passes.
     N, V, D = rows.index.shape[0], head.widest, head.weight.shape[1]
     fixed, per_row = filter_bytes(head, hidden.device, dtypes[0]) if filtered else (0, 0)
     sizes = head.sizes(N, hidden, *dtypes, gathered=True, scattered=not filtered)
     if sizes.total(N, V) + fixed + N * per_row <= budget:
-        return [Range(0, rows.groups, N)]
+        return [Range(0, rows.groups, slice(0, N))]
     fixed += V * sizes.col_bytes
     # Several blocks sum the weight's gradient in float32, taken a few columns at a time.
     if sizes.dweight == "narrow":
@@ -220,104 +254,24 @@ def run_groups(
     head: Head, hidden: Tensor, rows: Rows, call: Call, wanted: list[bool]
 ) -> tuple[Tensor, SequenceStats, Gradients]:
     # Loss, statistics and gradients; the gradients of `hidden` rows are summed where a row serves several targets.
-    filtered = call.filter_tolerance is not None
-    with_entropy = call.entropy is not False
-    V, D, group_size = head.V, head.weight.shape[1], rows.lengths.shape[1]
-    dtype, is_half = accumulate_dtype(head.compute_dtype), head.compute_dtype == torch.float16
-    # A float16 gradient waits in float32 for its scale; what ranks sum is not rounded before.
-    hidden_dtype = dtype if is_half or head.shard is not None else hidden.dtype
-    dtypes = hidden_dtype if wanted[0] else None, head.weight.dtype if wanted[1] else None
-    ranges = group_blocks(head, hidden, rows, dtypes, call.budget, filtered) if any(wanted) else None
-    one_pass = ranges is not None
-    # Several blocks are summed in float32.
-    wide = dtype if is_half or (ranges is not None and len(ranges) > 1) else None
-    hidden_gradient = _HiddenGradient(hidden, rows, hidden_dtype) if wanted[0] else None
-    # Written by the first block of rows, or added to.
+    V, D, dtype = head.V, head.weight.shape[1], accumulate_dtype(head.compute_dtype)
+    plan = plan_groups(head, hidden, rows, wanted, call.budget, call.filter_tolerance is not None)
+    hidden_gradient = None if plan.dtypes[0] is None else _HiddenGradient(hidden, rows, plan.dtypes[0])
+    # Written by the first range, or added to.
     grads = Gradients(
         None,
-        hidden.new_empty(V, D, dtype=wide or head.weight.dtype) if wanted[1] else None,
+        hidden.new_empty(V, D, dtype=plan.dweight) if wanted[1] else None,
         hidden.new_zeros(V, dtype=dtype) if wanted[2] else None,
     )
-    parts: list[tuple[Tensor, SequenceStats]] = []
-    start, fresh = 0, True
-    if one_pass:
-        # Once for all blocks, where their weight is the whole one.
+    if plan.one_pass:
+        # Once for all ranges, where their weight is the whole one.
         head = head.columns(0, V)
-    for g0, g1, n in ranges or [Range(0, rows.groups, rows.index.shape[0])]:
-        block = slice(start, start + n)
-        start += n
-        index, targets = rows.index[block], rows.targets[block]
-        store = hidden.new_empty(n, head.padded(V), dtype=head.logits_dtype) if one_pass else None
-        blocks = Blocks(max(1, n), V)
-        if not one_pass:
-            blocks = plan_blocks(head.sizes(n, hidden, *dtypes, gathered=True, scattered=True), call.budget)
-        stats = compute_stats(head, hidden, index, targets, blocks, with_entropy, store)
-        lengths = rows.lengths[g0:g1]
-        logprobs = sum_sequences(stats.logprobs, lengths.reshape(-1)).view(-1, group_size)
-        entropy = None
-        if stats.entropy is not None:
-            entropy = sum_sequences(stats.entropy, lengths.reshape(-1)).view(-1, group_size)
-        sequences = SequenceStats(logprobs, entropy, lengths)
-        inputs = [tensor[g0:g1] for tensor in call.group_inputs]
-        if not any(wanted):
-            with torch.set_grad_enabled(call.with_grad):
-                losses = group_losses(call.loss_fn, sequences, inputs)
-            _refuse_captured(losses, [])
-            parts.append((losses, sequences))
-            continue
-        losses, dlogprobs, dentropy = _coefficients(call.loss_fn, sequences, inputs, call.entropy == "grad")
+    parts: list[tuple[Tensor, SequenceStats]] = []
+    fresh = True
+    for at in plan.ranges:
+        losses, sequences, is_written = _run_range(head, hidden, rows, call, plan, at, hidden_gradient, grads, fresh)
         parts.append((losses, sequences))
-        if n == 0:
-            continue
-        local = rows.ids[block].long() - g0 * group_size
-        upstream = Upstream(
-            *(None if d is None else (d / call.normalizer).reshape(-1)[local].to(dtype) for d in (dlogprobs, dentropy))
-        )
-        selected = torch.arange(block.start, block.stop, device=hidden.device)
-        live, dlogits, unscale = _live_rows(upstream), None, None
-        if store is None or not filtered:
-            # All dlogits are on their way before the host asks how many rows count: to ask costs a GPU nothing.
-            counted = HostCopy(live.sum())
-            if store is not None:
-                dlogits, unscale = form_gradient(head, store, targets, stats, upstream, wanted[0] or wanted[1])
-            count = counted.read()
-            if count == 0:
-                continue
-            if count < n:
-                places = to_front(live, count, dlogits, head.rows)
-                selected, index = places + block.start, index[places]
-                if dlogits is not None:
-                    dlogits = dlogits[:count]
-                else:
-                    targets, stats, upstream = targets[places], stats.take(places), upstream.take(places)
-        count = index.shape[0]
-        block_grads = Gradients(None, grads.weight, grads.bias)
-        if hidden_gradient is not None:
-            put = partial(hidden_gradient.add, selected, index)
-            block_grads = block_grads._replace(hidden=Scattered(put, hidden_dtype))
-        if store is None:
-            compute_gradients(head, hidden, index, targets, stats, upstream, blocks, block_grads, fresh)
-        elif dlogits is not None:
-            multiply_out(head, hidden, index, dlogits, unscale, block_grads, fresh)
-        else:
-            assert call.filter_tolerance is not None
-            compute_filtered_gradients(
-                head,
-                hidden,
-                index,
-                targets,
-                stats,
-                upstream,
-                block_grads,
-                store,
-                live,
-                call.filter_tolerance,
-                call.filter_report,
-                fresh,
-            )
-        if store is None and call.filter_report is not None:
-            call.filter_report.count(count, count, count * V, V)
-        fresh = False
+        fresh = fresh and not is_written
     if fresh and grads.weight is not None:
         grads.weight.zero_()
     losses = torch.cat([losses for losses, _ in parts])
@@ -328,3 +282,73 @@ def run_groups(
         return loss, stats, grads
     dhidden = hidden_gradient.result()
     return loss, stats, grads._replace(hidden=dhidden if head.shard is None else head.shard.sum_(dhidden))
+
+
+def _run_range(
+    head: Head,
+    hidden: Tensor,
+    rows: Rows,
+    call: Call,
+    plan: GroupPlan,
+    at: Range,
+    hidden_gradient: _HiddenGradient | None,
+    grads: Gradients,
+    fresh: bool,
+) -> tuple[Tensor, SequenceStats, bool]:
+    # Losses and statistics of one range, and whether its gradients were added: all but those of a range where none counts. What
+    # lies in memory for it, its logits above all, is gone before the next.
+    g0, g1, block = at
+    index, targets = rows.index[block], rows.targets[block]
+    n, group_size = index.shape[0], rows.lengths.shape[1]
+    store = hidden.new_empty(n, head.padded(head.V), dtype=head.logits_dtype) if plan.one_pass else None
+    blocks = plan.blocks(head, hidden, n)
+    stats = compute_stats(head, hidden, index, targets, blocks, call.entropy is not False, store)
+    lengths = rows.lengths[g0:g1]
+    entropy = None if stats.entropy is None else sum_sequences(stats.entropy, lengths)
+    sequences = SequenceStats(sum_sequences(stats.logprobs, lengths), entropy, lengths)
+    inputs = [tensor[g0:g1] for tensor in call.group_inputs]
+    if not any(plan.wanted):
+        with torch.set_grad_enabled(call.with_grad):
+            losses = group_losses(call.loss_fn, sequences, inputs)
+        _refuse_captured(losses, [])
+        return losses, sequences, False
+    losses, dlogprobs, dentropy = _coefficients(call.loss_fn, sequences, inputs, call.entropy == "grad")
+    if n == 0:
+        return losses, sequences, False
+    local, dtype = rows.ids[block].long() - g0 * group_size, stats.m.dtype
+    upstream = Upstream(
+        *(None if d is None else (d / call.normalizer).reshape(-1)[local].to(dtype) for d in (dlogprobs, dentropy))
+    )
+    selected = torch.arange(block.start, block.stop, device=hidden.device)
+    live, dlogits, unscale = _live_rows(upstream), None, None
+    if store is None or call.filter_tolerance is None:
+        # All dlogits are on their way before the host asks how many rows count: to ask costs a GPU nothing.
+        counted = HostCopy(live.sum())
+        if store is not None:
+            dlogits, unscale = form_gradient(head, store, targets, stats, upstream, plan.wanted[0] or plan.wanted[1])
+        count = counted.read()
+        if count == 0:
+            return losses, sequences, False
+        if count < n:
+            places = to_front(live, count, dlogits, head.rows)
+            selected, index = places + block.start, index[places]
+            if dlogits is not None:
+                dlogits = dlogits[:count]
+            else:
+                targets, stats, upstream = targets[places], stats.take(places), upstream.take(places)
+    into = grads
+    if hidden_gradient is not None:
+        put = partial(hidden_gradient.add, selected, index)
+        into = grads._replace(hidden=Scattered(put, hidden_gradient.total.dtype))
+    if store is None:
+        compute_gradients(head, hidden, index, targets, stats, upstream, blocks, into, fresh)
+        if call.filter_report is not None:
+            count = index.shape[0]
+            call.filter_report.count(count, count, count * head.V, head.V)
+    elif dlogits is not None:
+        multiply_out(head, hidden, index, dlogits, unscale, into, fresh)
+    else:
+        assert call.filter_tolerance is not None
+        filtering = live, call.filter_tolerance, call.filter_report, fresh
+        compute_filtered_gradients(head, hidden, index, targets, stats, upstream, into, store, *filtering)
+    return losses, sequences, True

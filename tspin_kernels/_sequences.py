@@ -31,8 +31,10 @@ def group_losses(loss_fn: LossFn, stats: SequenceStats, group_inputs: Sequence[T
 
 
 def sum_sequences(values: Tensor, lengths: Tensor) -> Tensor:
-    # Sums of consecutive runs of `values` [N]; run i has lengths[i] of them. Float64 inside and always in one order.
-    return torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True, initial=0).to(values.dtype)
+    # Sums of consecutive runs of `values` [N], of the shape of `lengths`, which says how long each is. Float64 inside and always in
+    # one order.
+    sums = torch.segment_reduce(values.double(), "sum", lengths=lengths.reshape(-1), unsafe=True, initial=0)
+    return sums.to(values.dtype).view(lengths.shape)
 
 
 def run_lengths(ids: Tensor, sequences: int) -> Tensor:
@@ -78,10 +80,6 @@ def check_groups(
     return groups, verify
 
 
-def normalize(total: Tensor, normalizer: float | Tensor | None, num_groups: int) -> Tensor:
-    return total / (max(1, num_groups) if normalizer is None else normalizer)
-
-
 def sequence_loss(
     logprobs: Tensor,
     entropy: Tensor | None,
@@ -104,15 +102,14 @@ def sequence_loss(
     num_groups, verify = check_groups(sequence_ids, logprobs.numel(), group_size, group_inputs, num_groups)
     verify()
     ids, order = sequence_ids.reshape(-1).sort(stable=True)
-    lengths = run_lengths(ids, num_groups * group_size)
+    lengths = run_lengths(ids, num_groups * group_size).view(num_groups, group_size)
 
     def per_sequence(values: Tensor) -> Tensor:
-        return sum_sequences(values.reshape(-1)[order], lengths).view(num_groups, group_size)
+        return sum_sequences(values.reshape(-1)[order], lengths)
 
-    stats = SequenceStats(
-        per_sequence(logprobs), None if entropy is None else per_sequence(entropy), lengths.view(num_groups, group_size)
-    )
-    loss = normalize(group_losses(loss_fn, stats, group_inputs).sum(), normalizer, num_groups)
+    stats = SequenceStats(per_sequence(logprobs), None if entropy is None else per_sequence(entropy), lengths)
+    total = group_losses(loss_fn, stats, group_inputs).sum()
+    loss = total / (max(1, num_groups) if normalizer is None else normalizer)
     return loss, SequenceStats(
         stats.logprobs.detach(), None if stats.entropy is None else stats.entropy.detach(), stats.lengths
     )
