@@ -7,7 +7,7 @@ of the policy as it is; greedy exact match flatters it, the sampled one is what 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -56,29 +56,13 @@ def exact_match(examples: Sequence[Example], generations: Sequence[Generation], 
     return right / len(examples)
 
 
-def score_pairs(
-    model: PreTrainedModel,
-    examples: Sequence[Example],
-    generations: Mapping[int, Generation] | None = None,
-    *,
-    pad_token_id: int,
-    batch_size: int = 8,
-    autocast_dtype: torch.dtype | None = None,
-    **scoring: Any,
-) -> tuple[list[float], list[float]]:
-    """Summed log-probs (nats) under the model of the annotated responses, and of `generations` (by row; may be None).
-
-    scoring: as `tspin.scoring.scoring_options`.
-    """
-    members = ("chosen",) if generations is None else ("chosen", "rejected")
+def annotated_logprobs(
+    model: PreTrainedModel, examples: Sequence[Example], *, pad_token_id: int, **scoring: Any
+) -> list[float]:
+    """Summed log-probs (nats) under the model of the annotated responses; scoring: as `tspin.scoring.score_references`."""
     features = [{"prompt_ids": e.prompt_ids, "chosen_ids": e.response_ids} for e in examples]
-    if generations is not None:
-        for feature, example in zip(features, examples):
-            feature["rejected_ids"] = generations[example.row].token_ids
-    collator = TripletCollator(pad_token_id, members)
-    with torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
-        scores = score_references(model, features, collator, batch_size=batch_size, desc="log-likelihood", **scoring)
-    return scores["ref_chosen_logps"], scores.get("ref_rejected_logps", [])
+    collator = TripletCollator(pad_token_id, ("chosen",))
+    return score_references(model, features, collator, desc="log-likelihood", **scoring)["ref_chosen_logps"]
 
 
 def accuracy(
@@ -86,13 +70,13 @@ def accuracy(
 ) -> dict[str, float]:
     """Of examples with choices, the share whose annotated response is the likeliest; ties count as wrong.
 
-    logprobs: of the annotated responses, nats. scoring: as `score_pairs`.
+    logprobs: of the annotated responses, nats. scoring: as `annotated_logprobs`.
     Returns:
         accuracy: by the log-prob of the whole answer, end token included; accuracy_norm: by that over its characters. With two
         answers it is the share of pairs in the right order.
     """
     others = [replace(e, response_ids=ids) for e in examples for _, ids in e.choices]
-    scores = iter(score_pairs(model, others, **scoring)[0])
+    scores = iter(annotated_logprobs(model, others, **scoring))
     right = right_norm = 0
     for example, own in zip(examples, logprobs, strict=True):
         rivals = [(next(scores), len(text)) for text, _ in example.choices]
@@ -132,17 +116,15 @@ def evaluate(
         raise ValueError("examples: want at least one held-out row, got none")
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "autocast_dtype": autocast_dtype}
     answers: dict[str, list[Generation]] = {}
-    if directory is None:
-        for mode in (GREEDY, SAMPLED)[: 1 + sampled]:
-            temperature = 0.0 if mode == GREEDY else 1.0
+    for mode, temperature in _decodings(sampled):
+        if directory is None:
             answers[mode] = sample_responses(model, tokenizer, examples, seed=seed, temperature=temperature, **settings)
-    else:
-        for mode in (GREEDY, SAMPLED)[: 1 + sampled]:
+        else:
             read = read_generations(Path(directory) / mode)
             answers[mode] = [read[e.row] for e in examples]
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     scoring |= {"pad_token_id": cast(int, padding), "batch_size": scoring_batch_size, "autocast_dtype": autocast_dtype}
-    logprobs, _ = score_pairs(model, examples, **scoring)
+    logprobs = annotated_logprobs(model, examples, **scoring)
     result: dict[str, Any] = {"exact_match": exact_match(examples, answers[GREEDY], answer_pattern)}
     if sampled:
         result["exact_match_sampled"] = exact_match(examples, answers[SAMPLED], answer_pattern)
@@ -156,6 +138,11 @@ def evaluate(
         "rows": len(examples),
         "tokens": tokens,
     }
+
+
+def _decodings(sampled: bool) -> list[tuple[str, float]]:
+    """The modes of answering, each with its temperature."""
+    return [(GREEDY, 0.0), *([(SAMPLED, 1.0)] if sampled else [])]
 
 
 def merge_evaluations(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -179,17 +166,9 @@ def generate_answers(
     **settings: Any,
 ) -> None:
     """Write the greedy and, if `sampled`, the sampled responses below `directory`; settings as `generate_responses`."""
-    for mode in (GREEDY, SAMPLED)[: 1 + sampled]:
-        generate_responses(
-            model,
-            tokenizer,
-            examples,
-            Path(directory) / mode,
-            seed=seed,
-            temperature=0.0 if mode == GREEDY else 1.0,
-            desc=f"answer, {mode}",
-            **settings,
-        )
+    for mode, temperature in _decodings(sampled):
+        options = {"seed": seed, "temperature": temperature, "desc": f"answer, {mode}", **settings}
+        generate_responses(model, tokenizer, examples, Path(directory) / mode, **options)
 
 
 def write_references(
@@ -220,8 +199,8 @@ def write_references(
     for index in range(process_index, -(-len(rows) // shard_size), num_processes):
         if read_shard(directory, index, request) is None:
             part = rows[index * shard_size : (index + 1) * shard_size]
-            with torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                scores = score_references(model, part, collator, batch_size=batch_size, **scoring)
+            options = {"batch_size": batch_size, "autocast_dtype": autocast_dtype, **scoring}
+            scores = score_references(model, part, collator, **options)
             write_shard(directory, index, pa.table(scores), request)
 
 

@@ -100,10 +100,9 @@ def _members(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _scores(model: PreTrainedModel, args: TSPINConfig, rows: list[dict[str, Any]], pad_token_id: int) -> Tensor:
     """[N, G] float64 summed log-probs of the members that all rows have."""
     features = [{name: row[name] for name in row if name.endswith("_ids")} for row in rows]
-    options = {"batch_size": args.per_device_eval_batch_size, "desc": "pairs", **scoring_options(args, model)}
-    dtype = args.autocast_dtype
-    with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
-        scores = score_references(model, features, TripletCollator(pad_token_id, _members(rows[0])), **options)
+    options = {"batch_size": args.per_device_eval_batch_size, "autocast_dtype": args.autocast_dtype, "desc": "pairs"}
+    options |= scoring_options(args, model)
+    scores = score_references(model, features, TripletCollator(pad_token_id, _members(rows[0])), **options)
     return torch.tensor(list(scores.values()), dtype=torch.float64).T
 
 

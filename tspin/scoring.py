@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -131,6 +131,7 @@ def score_references(
     memory_budget: int | None = None,
     fused: bool = True,
     prefix_sharing: bool = False,
+    autocast_dtype: torch.dtype | None = None,
     desc: str = "reference log-probs",
 ) -> dict[str, list[float]]:
     """Summed log-probs (nats) of every member of every row under the model, without gradient, in the dataset's order.
@@ -143,6 +144,7 @@ def score_references(
         memory_budget: bytes for the head, as in `linear_sequence_loss`.
         fused: False takes the model's own logits, for models that `probe_head` refuses.
         prefix_sharing: the members of a row share one prompt; the first batch is compared with separate rows.
+        autocast_dtype: of the forward passes; None leaves autocast as it is.
         desc: label of the progress bar.
     Returns:
         {"ref_<member>_logps": [len(dataset)]}, ready to be added as columns.
@@ -160,12 +162,16 @@ def score_references(
         batch = collator([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
-    if prefix_sharing and len(dataset):
-        verify_packed_row(model, batch_at(0), **request)
     was_training = model.training
     model.eval()
     try:
-        with share_prompts(causal_lm(model)) if prefix_sharing else nullcontext():
+        with ExitStack() as stack:
+            if autocast_dtype is not None:
+                stack.enter_context(torch.autocast(device.type, autocast_dtype))
+            if prefix_sharing:
+                if len(dataset):
+                    verify_packed_row(model, batch_at(0), **request)
+                stack.enter_context(share_prompts(causal_lm(model)))
             for start in tqdm(range(0, len(dataset), batch_size), desc=desc, disable=None):
                 loss_fn = lambda s: s.logprobs[:, 0]
                 with naming_out_of_memory(

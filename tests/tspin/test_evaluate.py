@@ -10,12 +10,12 @@ from test_generate import examples, toy_model, toy_tokenizer
 from tspin import evaluate as evaluation
 from tspin.data import Example, TripletCollator
 from tspin.evaluate import (
+    annotated_logprobs,
     evaluate,
     exact_match,
     extract_answer,
     generate_answers,
     read_references,
-    score_pairs,
     write_references,
 )
 from tspin.generate import Generation, sample_responses
@@ -68,13 +68,10 @@ def test_an_annotation_without_an_answer_is_named():
 
 def test_log_probs_are_those_of_the_logits():
     model, rows = toy_model(), held_out()
-    samples = dict(zip([e.row for e in rows], sample_responses(model, toy_tokenizer(), rows, seed=1, max_new_tokens=5)))
-    real, synthetic = score_pairs(model, rows, samples, pad_token_id=0, batch_size=4)
-    for i, row in enumerate(rows):
-        assert real[i] == pytest.approx(plain_logprob(model, row.prompt_ids, row.response_ids), abs=1e-4)
-        wanted = plain_logprob(model, row.prompt_ids, samples[row.row].token_ids)
-        assert synthetic[i] == pytest.approx(wanted, abs=1e-4)
-    assert score_pairs(model, rows, pad_token_id=0)[1] == []
+    wanted = [plain_logprob(model, row.prompt_ids, row.response_ids) for row in rows]
+    assert annotated_logprobs(model, rows, pad_token_id=0, batch_size=4) == pytest.approx(wanted, abs=1e-4)
+    rounded = annotated_logprobs(model, rows, pad_token_id=0, autocast_dtype=torch.bfloat16)
+    assert rounded != wanted and rounded == pytest.approx(wanted, abs=0.5)
 
 
 @pytest.mark.parametrize("sampled", [True, False])
