@@ -55,7 +55,7 @@ def longest_context(
     `predict_memory`. Never longer than the positions that the model has.
     """
     usable = USABLE * gpu_memory
-    members = options.get("members") or len(args.members_at(options.get("iteration", 1)))
+    members = options.get("members") or len(args.members_at(1))
 
     def context(prompt: int) -> Context:
         return Context(prompt, (max(1, round(prompt / prompt_per_response)),) * members)

@@ -101,7 +101,6 @@ def predict_memory(
     *,
     prompt_tokens: int,
     response_tokens: int | Sequence[int],
-    triplets: int | None = None,
     others: Sequence[Context] | None = None,
     dtype: torch.dtype = torch.float32,
     peft_config: Any = None,
@@ -109,8 +108,6 @@ def predict_memory(
     trust_remote_code: bool = False,
     gpu: bool = True,
     sharing: bool = True,
-    sequential: bool | None = None,
-    iteration: int = 1,
     members: int | None = None,
     quantization: str = "none",
     gpus: int = 1,
@@ -119,29 +116,28 @@ def predict_memory(
 
     Args:
         config: of the model, as transformers reads it from config.json.
-        args: of the trainer; method, batch, optimizer, checkpointing, autocast, head and sharing are read from it.
+        args: of the trainer; method, batch, optimizer, checkpointing, autocast, head, tiles and the sequential backward are read
+            from it, "auto" being off.
         prompt_tokens, response_tokens: lengths; one number stands for all members.
-        triplets: of a micro-batch; default `args.per_device_train_batch_size`.
-        others: the further triplets of the micro-batch, where they are not all as long.
+        others: the further triplets of the micro-batch of `args.per_device_train_batch_size`, where they are not all as long.
         dtype: of the weights. peft_config: the adapter to train, None for all weights.
         attn_implementation, trust_remote_code: as for loading.
         gpu: of a CUDA GPU with a fused attention kernel; False: of this machine's CPU.
         sharing: one row for a triplet, where the model can; else three rows.
-        sequential: one response at a time; None follows `args.sequential_backward`, "auto" being the joint pass.
-        iteration: of the loop, which decides whether there is a proto response; `members` says how many outright.
+        members: of a triplet; default those of iteration 1.
         quantization: "nf4" or "int8": bits of the frozen weights of linear layers under an adapter.
         gpus: over which FSDP2 divides weights, gradients and states, layer by layer.
     Raises:
         ValueError: lengths that are not positive, or a model that no causal LM class knows.
     """
-    members = len(args.members_at(iteration)) if members is None else members
+    members = len(args.members_at(1)) if members is None else members
     lengths = (response_tokens,) * members if isinstance(response_tokens, int) else tuple(response_tokens)[:members]
     if prompt_tokens < 1 or not lengths or min(lengths) < 1:
         raise ValueError(
             f"prompt_tokens, response_tokens: want positive lengths, got {prompt_tokens} and {response_tokens}"
         )
     first = Context(prompt_tokens, lengths)
-    sequential = args.sequential_backward == "on" if sequential is None else sequential
+    sequential = args.sequential_backward == "on"
     optimizer = optimizer_bytes(args, dtype, gpu)
     loading = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
 
@@ -157,7 +153,7 @@ def predict_memory(
             with FakeTensorMode(), torch.device("cpu"):
                 _leave_meta(model)
                 quantized = _Quantized.of(model, quantization, dtype)
-                batch = args.per_device_train_batch_size if triplets is None else triplets
+                batch = args.per_device_train_batch_size
                 contexts = [first] * batch if others is None else [first, *others][:batch]
                 if sequential:
                     contexts = [Context(prompt_tokens, (max(lengths),))]

@@ -73,7 +73,7 @@ def test_tiles_nearly_double_the_longest_context_of_a_qwen(tmp_path):
     for switch in ("off", "on"):
         args = training_args(tmp_path, gradient_checkpointing=True, sequence_tiling=switch, memory_budget=None)
         short, long = (
-            predict_memory(qwen, args, prompt_tokens=8 * n, response_tokens=n, triplets=1, dtype=torch.bfloat16)
+            predict_memory(qwen, args, prompt_tokens=8 * n, response_tokens=n, dtype=torch.bfloat16)
             for n in (16384, 32768)
         )
         bytes_per_token[switch] = (long.peak - short.peak) / (long.context.tokens - short.context.tokens)
