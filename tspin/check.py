@@ -148,7 +148,7 @@ def _check_model(
     from tspin import tiling
     from tspin.fitting import model_without_weights
     from tspin.loading import add_adapter, lora_config, model_of
-    from tspin.model import disable_dropout, probe_head
+    from tspin.model import disable_dropout, probe_head, vocabulary_size
     from tspin.prefix import refusal
 
     path = Path(config.model_name_or_path)
@@ -156,8 +156,7 @@ def _check_model(
     model: Any = model_without_weights(config) if bare else model_of(config)
     peft_config, examples = lora_config(config), [*train, *held_out]
     text = f"{type(model).__name__}, {model.num_parameters():,} parameters"
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > vocabulary:
+    if len(tokenizer) > (vocabulary := vocabulary_size(model)):
         raise ValueError(
             f"tokenizer: want at most the model's {vocabulary} tokens, got {len(tokenizer)}; is it its own?"
         )

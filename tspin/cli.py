@@ -237,10 +237,10 @@ def _generate(args: argparse.Namespace, words: list[str]) -> None:
 
 
 def _model_id(config: SelfPlayConfig) -> str:
-    from tspin.storage import hash_files, hash_json
+    from tspin.storage import model_hash
 
     if Path(config.model_name_or_path).is_dir():
-        return hash_json(hash_files(config.model_name_or_path, "*.safetensors"))
+        return model_hash(config.model_name_or_path)
     return f"{config.model_name_or_path}@{config.model_revision}"
 
 

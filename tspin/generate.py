@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -32,11 +32,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from tspin.data import Example, stop_token_ids
 from tspin.model import cache_keyword, naming_out_of_memory, vocabulary_size
 from tspin.storage import read_shard, remove_partial, shard_request, write_shard
-
-if TYPE_CHECKING:
-    from tspin.data import Example
 
 logger = logging.getLogger(__name__)
 
@@ -206,8 +204,6 @@ def sample_responses(
         ValueError: an argument is out of range, a row comes twice, a prompt is empty, or the logits are NaN.
         BatchTooLargeError: a batch does not fit the GPU.
     """
-    from tspin.data import stop_token_ids
-
     check_request(model, examples, max_new_tokens, temperature, top_p, top_k, batch_size)
     stop_ids = sorted(stop_token_ids(tokenizer, model.generation_config))
     pad_id = cast(int, stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)

@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from tspin.completions import AgainError, Answer, Text, TokenIds
 from tspin.data import stop_token_ids
 from tspin.generate import Backend, Generation, check_request, sample_responses, text_of
+from tspin.model import vocabulary_size
 from tspin.server import KEY_VARIABLE, ServerProcess, command_words, free_port, server_key, without_key
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class Server:
                 logits = model(input_ids=ids).logits[0, len(example.prompt_ids) - 1 : -1]
             first, second = logits.float().log_softmax(-1).topk(2).values.T
             self._probes.append(_Probe(example, greedy.token_ids, first.tolist(), (first - second).tolist()))
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        vocabulary = vocabulary_size(model)
         del model
         if torch.cuda.is_available():
             gc.collect()
