@@ -17,15 +17,6 @@ def _surrogate(z: Tensor, loss_type: str) -> Tensor:
     raise ValueError(f"loss_type: want 'logistic' or 'exponential', got {loss_type!r}")
 
 
-def _historical(synthetic: Tensor, proto: Tensor | None, alpha: float, beta: float, loss_type: str) -> Tensor | float:
-    # Left out at beta = 0, where an infinite margin would give 0 * inf.
-    if beta == 0:
-        return 0.0
-    if proto is None:
-        raise ValueError(f"proto: want log-probs [B] because beta is {beta}, got None; pass them, or beta=0")
-    return beta * _surrogate(alpha * (synthetic - proto), loss_type)
-
-
 def tspin_loss(
     real: Tensor,
     synthetic: Tensor,
@@ -46,7 +37,13 @@ def tspin_loss(
 
     Returns: [B] losses.
     """
-    return _surrogate(alpha * (real - synthetic), loss_type) + _historical(synthetic, proto, alpha, beta, loss_type)
+    current = _surrogate(alpha * (real - synthetic), loss_type)
+    # Left out at beta = 0, where an infinite margin would give 0 * inf.
+    if beta == 0:
+        return current
+    if proto is None:
+        raise ValueError(f"proto: want log-probs [B] because beta is {beta}, got None; pass them, or beta=0")
+    return current + beta * _surrogate(alpha * (synthetic - proto), loss_type)
 
 
 def tspin_ref_loss(
