@@ -20,7 +20,7 @@ import yaml
 from tspin import storage
 from tspin.config import SelfPlayConfig
 from tspin.ledger import Ledger
-from tspin.report import read_iterations
+from tspin.run_files import read_iterations
 from tspin.training_args import TSPINConfig
 
 logger = logging.getLogger(__name__)

@@ -14,17 +14,8 @@ from rich.table import Table
 
 from tspin import storage
 from tspin.comparison import Group, group_runs
-from tspin.run_files import Run, read_iterations, read_metrics
+from tspin.run_files import Run, read_iterations
 from tspin.tables import comparison_cells, iteration_cells, score_of, scores_of
-
-__all__ = [
-    "comparison_markdown",
-    "comparison_table",
-    "iteration_table",
-    "read_iterations",
-    "read_metrics",
-    "write_report",
-]
 
 
 def iteration_table(run_dir: str | Path) -> Table:

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from tspin.comparison import Group, config_differences
 from tspin.config import default_of, loop_fields, training_fields
 from tspin.evaluate import extract_answer
-from tspin.figures import Picture
+from tspin.plotting import Picture
 from tspin.run_files import Run
 from tspin.tables import Cells, comparison_cells, difference_cells, iteration_cells, iteration_name, scores_of
 

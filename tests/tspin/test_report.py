@@ -20,10 +20,9 @@ from tspin.report import (
     comparison_markdown,
     comparison_table,
     iteration_table,
-    read_iterations,
     write_report,
 )
-from tspin.run_files import Run, iteration_folders
+from tspin.run_files import Run, iteration_folders, read_iterations
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
