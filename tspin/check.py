@@ -91,6 +91,10 @@ def _check_training(config: SelfPlayConfig, *, gpu: bool) -> tuple[Any, str]:
     # Arguments meant for a GPU that this machine lacks are refused, unless the CPU is chosen outright.
     elsewhere = {"use_cpu": True} if gpu and not torch.cuda.is_available() else {}
     iterations = [training_args_of(config, t, **elsewhere) for t in range(config.iterations)]
+    if gpu:
+        for t, args in enumerate(iterations):
+            # The default on a GPU, which may not be this machine's.
+            args.bf16 = args.bf16 or (not args.fp16 and config.training_at(t).get("bf16") is None)
     texts = [f"{a.method}, beta {a.beta_at(t):g}, lr {a.learning_rate:g}" for t, a in enumerate(iterations)]
     return iterations, "; ".join(f"iteration {t}: {text}" for t, text in enumerate(texts))
 
@@ -221,8 +225,6 @@ def _check_memory(
     args, size = training[iteration], None if gpu_memory is None else parse_memory(gpu_memory)
     if size is None and not args.use_cpu and torch.cuda.is_available():
         size = torch.cuda.get_device_properties(0).total_memory
-    if gpu_memory is not None and not args.fp16 and config.training_at(iteration).get("bf16") is None:
-        args.bf16 = True  # the default on a GPU, which may not be this machine's
     members, new = len(args.members_at(iteration)), config.max_new_tokens
     pairs = [(len(e.prompt_ids), len(e.response_ids)) for e in examples] or [(max(args.max_length - new, 1), new)]
     # The longest triplets that data and max_length allow, in one micro-batch: samples end where max_length does.
@@ -247,9 +249,6 @@ def _check_cost(
     from tspin.cost import Cost, gpu_named
     from tspin.fitting import model_without_weights
 
-    for t, args in enumerate(training):
-        if not args.fp16 and config.training_at(t).get("bf16") is None:
-            args.bf16 = True
     lengths, answers = ([(len(e.prompt_ids), len(e.response_ids)) for e in rows] for rows in (train, held_out))
     cost = Cost(config, model_without_weights(config), training, lengths, answers, gpu_named(gpu))
     print(*cost.table(), sep="\n")
