@@ -179,7 +179,8 @@ class SelfPlayConfig:
     def diff(self, other: SelfPlayConfig) -> list[tuple[str, Any, Any]]:
         """The keys whose effective values differ, as (key, ours, theirs); a key left out counts as its default.
 
-        `output_dir` and `allow_config_change` are not compared: they do not change a run's result.
+        Keys that do not change a run's result are not compared: `output_dir`, `allow_config_change`, and how a server is reached
+        and waited for.
         """
         pairs = [(k, getattr(self, k), getattr(other, k)) for k in loop_fields() if k not in _NOT_COMPARED]
         for key in sorted(self.training.keys() | other.training.keys()):

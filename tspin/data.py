@@ -287,7 +287,6 @@ def tokenize_triplets(
     prompt_template: str | None = None,
     max_length: int = 2048,
     overlong: str = "drop",
-    num_proc: int | None = None,
 ) -> datasets.Dataset:
     """Add the ids columns to TRL's rows: chosen, with rejected and proto where present, as text or as messages.
 
@@ -318,9 +317,7 @@ def tokenize_triplets(
             raise ValueError(f"dataset, row {row}: {error}") from error
         return columns
 
-    encoded = dataset.map(
-        ids_of, with_indices=True, num_proc=num_proc, desc="tokenise triplets", load_from_cache_file=False
-    )
+    encoded = dataset.map(ids_of, with_indices=True, desc="tokenise triplets", load_from_cache_file=False)
     kept = [i for i, row in enumerate(zip(*(encoded[f"{member}_ids"] for member in members))) if all(row)]
     _log_dropped(len(encoded), len(kept))
     return encoded.select(kept)

@@ -28,7 +28,7 @@ from tspin.data import TripletCollator, tokenize_triplets
 from tspin.fitting import MemoryCheck, gpu_memory
 from tspin.loading import add_adapter, load_model, warn_of_rounded_steps
 from tspin.memory import Context
-from tspin.metrics import Meter, reduced, triplet_metrics
+from tspin.metrics import Batch, Meter, reduced, triplet_metrics
 from tspin.model import (
     BatchTooLargeError,
     causal_lm,
@@ -47,7 +47,6 @@ from tspin.training_args import TSPINConfig
 from tspin_kernels import SequenceStats, sft_loss, spin_loss, tspin_loss, tspin_ref_loss
 
 logger = logging.getLogger(__name__)
-Batch = dict[str, Any]
 
 
 class NonFiniteLossError(ValueError):
