@@ -59,33 +59,10 @@ def load_model(
     # Without it transformers asks a hub service to convert a pickled checkpoint and waits for the answer.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     if os.path.isdir(name_or_path):
-        files = sorted(os.listdir(name_or_path))
-        pickled = [name for name in files if name.endswith((".bin", ".pt", ".pth")) and "model" in name]
-        if pickled and not any(name.endswith(".safetensors") for name in files):
-            raise ValueError(
-                f"model_name_or_path: want safetensors, got the pickled {os.path.join(name_or_path, pickled[0])}, "
-                "which can run code when it is loaded; convert to safetensors with save_pretrained where you trust it"
-            )
-        if "adapter_config.json" in files:
-            raise ValueError(_is_adapter(name_or_path))
-        for index in (name for name in files if name.endswith(".safetensors.index.json")):
-            named = read_json(os.path.join(name_or_path, index)).get("weight_map", {}).values()
-            if outside := [name for name in named if os.path.basename(name) != name]:
-                raise ValueError(
-                    f"model_name_or_path: want an index of files beside it, {os.path.join(name_or_path, index)} names "
-                    f"{outside[0]}; save the model again with save_pretrained"
-                )
-    quantized = {}
+        _refuse_files(name_or_path)
+    quantized: dict[str, Any] = {}
     if quantization != "none":
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError(
-                f"quantization: {quantization!r} wants the package bitsandbytes, which is missing; "
-                "pip install 'tspin[quantization]'"
-            )
-        bits: dict[str, Any] = (
-            {"load_in_8bit": True} if quantization == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-        )
-        quantized = {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": device}}
+        quantized = {"quantization_config": _quantization_config(quantization), "device_map": {"": device}}
     try:
         with whole_on_each_process():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -118,6 +95,37 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def _refuse_files(directory: str) -> None:
+    """ValueError where the files of a checkpoint are pickled, those of an adapter, or lie elsewhere."""
+    files = sorted(os.listdir(directory))
+    pickled = [name for name in files if name.endswith((".bin", ".pt", ".pth")) and "model" in name]
+    if pickled and not any(name.endswith(".safetensors") for name in files):
+        raise ValueError(
+            f"model_name_or_path: want safetensors, got the pickled {os.path.join(directory, pickled[0])}, "
+            "which can run code when it is loaded; convert to safetensors with save_pretrained where you trust it"
+        )
+    if "adapter_config.json" in files:
+        raise ValueError(_is_adapter(directory))
+    for index in (name for name in files if name.endswith(".safetensors.index.json")):
+        named = read_json(os.path.join(directory, index)).get("weight_map", {}).values()
+        if outside := [name for name in named if os.path.basename(name) != name]:
+            raise ValueError(
+                f"model_name_or_path: want an index of files beside it, {os.path.join(directory, index)} names "
+                f"{outside[0]}; save the model again with save_pretrained"
+            )
+
+
+def _quantization_config(quantization: str) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"quantization: {quantization!r} wants the package bitsandbytes, which is missing; "
+            "pip install 'tspin[quantization]'"
+        )
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 
 
 def _is_adapter(name: str) -> str:
