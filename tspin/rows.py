@@ -66,7 +66,7 @@ def _json_rows(file: Path, key: str) -> Iterator[tuple[str, Mapping | BadRow]]:
         start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
         lines.seek(0)
         if not (encoding := json.detect_encoding(head)).startswith("utf-8"):
-            raise ValueError(f"dataset: want UTF-8, got {encoding} in {file}; convert it: iconv -f {encoding} -t utf-8")
+            raise ValueError(f"{key}: want UTF-8, got {encoding} in {file}; convert it: iconv -f {encoding} -t utf-8")
         if start == b"[" and file.suffix == ".json":
             try:
                 rows = json.loads(lines.read().decode("utf-8-sig"))

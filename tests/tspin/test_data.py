@@ -265,8 +265,10 @@ def test_a_bad_row_names_file_line_column_and_remedy_or_is_counted(tmp_path, lin
 def test_another_encoding_is_named(tmp_path, encoding):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "p", "response": "r"}\n', encoding=encoding)
-    with pytest.raises(ValueError, match=rf"want UTF-8, got {encoding} in .*rows\.jsonl; convert it"):
-        load_examples(config_for(path, on_bad_row="skip"), TOKENIZER)
+    config = config_for(path, on_bad_row="skip", eval_dataset=str(path))
+    for split, key in (("train", "dataset"), ("eval", "eval_dataset")):
+        with pytest.raises(ValueError, match=rf"^{key}: want UTF-8, got {encoding} in .*rows\.jsonl; convert it"):
+            load_examples(config, TOKENIZER, split=split)
 
 
 json_values = st.recursive(
