@@ -274,6 +274,22 @@ def test_bytes_of_hidden_rows(monkeypatch, fused, op, dtype, plan, wanted, ignor
     assert gradients < peak < gradients + budget + 200 * size + tiles, f"{peak / 2**20:.1f} MiB"
 
 
+def test_the_logits_of_some_groups_are_gone_before_the_next(monkeypatch, fused):
+    """Ranges of whole groups whose logits become their own gradient: the budget holds those of one range."""
+    if fused.interpreted:
+        pytest.skip("1024 rows are slow under Triton's interpreter; the ranges are shared with the torch backend")
+    monkeypatch.setitem(_rows_torch._TILE, "cpu", 2**14)
+    rows, columns, groups, budget = 1024, 2048, 16, 2 * 2**20  # 8 MiB of logits
+    case = make_case(rows, columns, 8, seed=3, bias=False).to(fused.device)
+    hidden, weight = leaves(case, "hidden", "weight")
+    ids = torch.arange(rows, device=fused.device) * 3 * groups // rows
+    call = partial(linear_sequence_loss, hidden, weight, case.targets, ids, tspin, group_size=3, backend=fused.backend)
+    assert product_flops(lambda: call(memory_budget=budget)[0].backward()) == 6 * rows * columns * 8, "one pass"
+    peak = peak_bytes(lambda: call(memory_budget=budget)[0].backward(), fused.device)
+    tiles = 2**20 // 2 if fused.device == "cpu" else bytes_of_tiles(fused, budget // 4)
+    assert budget // 2 < peak < budget + 2 * 4 * 8 * (rows + columns) + 200 * rows + tiles, f"{peak / 2**20:.2f} MiB"
+
+
 @pytest.mark.parametrize("N, columns, width", [(100, 128, 4096), (5000, 64, 900), (17, 5001, 8), (1, 1, 1)])
 @pytest.mark.parametrize("dhidden", [None, "direct", "wide", "narrow"])
 @pytest.mark.parametrize("scattered", [0, 2, 4])
