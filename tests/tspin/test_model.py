@@ -289,7 +289,12 @@ def test_lora_is_exact(name, options):
 
 def test_an_adapter_added_without_a_wrapper_is_exact():
     model = build("llama")
-    model.add_adapter(lora(target_modules=["q_proj", "lm_head"]))
+    try:
+        model.add_adapter(lora(target_modules=["q_proj", "lm_head"]))
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"this transformers refuses the installed peft: {error}")
     check_against_own_logits(model)
 
 
