@@ -18,10 +18,19 @@ from tspin.config import default_of, loop_fields, training_fields
 from tspin.evaluate import extract_answer
 from tspin.figures import Picture
 from tspin.run_files import Run
-from tspin.tables import Cells, comparison_cells, difference_cells, iteration_cells, iteration_name, scores_of
+from tspin.tables import (
+    SCORES,
+    Cells,
+    comparison_cells,
+    difference_cells,
+    iteration_cells,
+    iteration_name,
+    scores_of,
+)
 
 _PROMPTS = 4
 _LONGEST = 4000  # characters of a text
+_WIDEST = 130  # characters of a table, for which the page has room
 # What a stage of the loop is for; proto and eval_initial belong to no iteration.
 _KINDS = {
     "proto": "sampling",
@@ -53,11 +62,12 @@ def render(groups: Sequence[Group], pictures: Mapping[str, Picture], note: str |
         lead=[*([note] if note else []), *_lead(groups)],
         has_seeds=any(len(group.runs) > 1 for group in groups),
         scores=_scores(groups),
+        benchmarks=_scores(groups, single_benchmarks=True),
         spread_note=_spread_note(groups),
         differences=[
-            (_sentence(title), cells)
-            for key, title, _ in scores_of(groups)
-            if (cells := difference_cells(groups, key)).rows
+            (_sentence(score.title), cells)
+            for score in scores_of(groups)
+            if (cells := difference_cells(groups, score.key)).rows
         ],
         without_reference=_without_reference(groups),
         pair_shares=_pair_shares(groups),
@@ -110,7 +120,7 @@ def _lead(groups: Sequence[Group]) -> list[str]:
         for run in open_runs:
             last = next(reversed(run.stages), "none")
             lines.append(f"Unfinished: {_path(run)}, {_progress(run)}; last stage done: {last}.")
-    for key, title, spec in scores_of(groups)[:2] if _is_single(groups) else ():
+    for key, _, spec, title in scores_of(groups)[:2] if _is_single(groups) else ():
         known = [row for row in groups[0].runs[0].rows if key in row]
         if len(known) > 1:
             names = [iteration_name(row["iteration"]) for row in (known[0], known[-1])]
@@ -132,15 +142,20 @@ def _progress(run: Run) -> str:
     return f"{done} of {_iterations(run)} iterations"
 
 
-def _scores(groups: Sequence[Group]) -> list[tuple[str, Cells]]:
+def _scores(groups: Sequence[Group], single_benchmarks: bool = False) -> list[tuple[str, Cells]]:
+    """Tables with their titles: of single benchmarks, or of all else."""
     if _is_single(groups):
-        return [("", iteration_cells(groups[0].runs[0].rows))]
-    return [(_sentence(title), comparison_cells(groups, key)) for key, title, _ in scores_of(groups)]
+        first, *others = iteration_cells(groups[0])
+        title, tables = ("Benchmarks", others) if single_benchmarks else ("", [first])
+        return [(title, part) for cells in tables for part in cells.split(_WIDEST)]
+    scores = [score for score in scores_of(groups) if (score not in SCORES) == single_benchmarks]
+    return [(_sentence(score.title), comparison_cells(groups, score.key)) for score in scores]
 
 
 def _spread_note(groups: Sequence[Group]) -> str:
     if all(len(group.runs) == 1 for group in groups):
-        text = "One seed: no spread over seeds is known. Bars are the standard error of a share over the rows it was measured on."
+        text = "One seed: no spread over seeds is known. Bars are the standard error of a share over the rows it was measured on;"
+        text += " benchmarks have none here."
     else:
         text = "Mean over seeds ± standard deviation over seeds, which the bars show too; thin lines are single seeds."
     if _is_single(groups):

@@ -19,6 +19,7 @@ from tspin.comparison import Estimate, group_runs
 from tspin.report import (
     comparison_markdown,
     comparison_table,
+    comparison_tables,
     iteration_table,
     read_iterations,
     write_report,
@@ -143,6 +144,23 @@ def make_run(directory, **options):
     return directory
 
 
+PAPER = ("GSM8K", "MATH", "MuSR", "MMLU", "MMLU-Pro", "GPQA", "HellaSwag", "WinoGrande", "BBH", "IFEval")
+
+
+def make_evaluated(directory, scores, keeps=("iteration",), **config):
+    """A run whose evaluations hold these scores, and of those of `make_run` the ones to keep."""
+    make_run(directory, **config)
+    for path in directory.glob("**/eval*.json"):
+        own = storage.read_json(path)
+        storage.write_json(path, {key: own[key] for key in keeps if key in own} | scores)
+    return directory
+
+
+def of_benchmarks(names=PAPER, lift=0.0):
+    scores = {f"tasks/{name}": 0.101 * (i + 1) - 0.1 + lift for i, name in enumerate(names)}
+    return scores | {"tasks/average": 0.456 + lift}
+
+
 class Page(HTMLParser):
     """Elements with their attributes and texts; fails where tags do not balance."""
 
@@ -200,6 +218,65 @@ def test_table_has_a_row_an_iteration_and_only_columns_that_hold_something(tmp_p
     assert [line.split()[:2] for line in text.splitlines() if "0." in line] == [["initial", "0.125"], ["0", "0.250"]]
     assert "exact" in text and "proto" not in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+CHAT = {"exact_match": 0.0, "accuracy": 0.625, "accuracy_norm": 0.75, "logprob": -9.5, "rows": 40}
+
+
+def test_every_score_of_a_run_is_in_its_tables_and_pictures(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "finish", lambda figure, *_: drawn.append(figure) or plotting.finish(figure, [], ""))
+    run = make_evaluated(tmp_path / "run", {**CHAT, **of_benchmarks()}, answer_pattern=None)
+    page = page_of(run)
+    head = page.row("iteration")
+    assert head[1:6] == ["accuracy", "accuracy norm", "tasks average", "eval logp", "exact match"]
+    assert page.row("initial")[1:6] == ["0.625", "0.750", "0.456", "-9.50", "0.000"]
+    (single,) = (row for row in page.rows if row[1:] == [*PAPER])
+    assert page.rows[page.rows.index(single) + 1][1:] == [f"{0.101 * (i + 1) - 0.1:.3f}" for i in range(10)]
+    texts = (run / "report" / "table.md").read_text(), text_of(iteration_table(run))
+    for name, value in {**CHAT, **of_benchmarks()}.items():
+        held = f"{value:.2f}" if name == "logprob" else f"{value:.3f}"
+        assert name == "rows" or all(held in text for text in texts), name
+    assert "…" not in texts[1] and max(map(len, texts[1].splitlines())) <= 80
+    titles = [axis._left_title for axis in drawn[0].axes]
+    assert [title.get_text() for title in titles][-10:] == [f"Benchmark {name}" for name in PAPER]
+    assert titles[0].get_text() == "Held-out accuracy, by log-likelihood" and len(titles) == 15
+    drawn[0].draw_without_rendering()
+    boxes = [title.get_window_extent() for title in titles]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert max(box.x1 for box in boxes) <= drawn[0].bbox.x1
+
+
+def test_a_run_with_benchmarks_alone_is_evaluated(tmp_path):
+    run = make_evaluated(tmp_path / "run", of_benchmarks(["sums"]), iterations=1)
+    page = page_of(run)
+    assert "Nothing is evaluated yet." not in page.texts and (run / "report" / "scores.png").exists()
+    assert any(text.startswith("Average over benchmarks: 0.456 (initial)") for text in page.texts)
+    assert page.row("initial")[:2] == ["initial", "0.456"] and ["initial", "0.001"] in page.rows
+
+
+def test_a_comparison_begins_with_what_its_runs_were_asked_for(tmp_path, undrawn):
+    def titles(name, scores, **config):
+        runs = [
+            make_evaluated(tmp_path / name / m, scores, ("iteration", "fresh_share"), method=m, **config)
+            for m in ("tspin", "spin")
+        ]
+        page = page_of(runs, tmp_path / name)
+        headings = [text for text in page.texts if text.startswith(("Held-out", "Average", "Share of", "Benchmark"))]
+        assert len(headings) == 2 * len({*scores, "fresh_share"} - {"rows"}), "scores and differences"
+        assert len((tmp_path / name / "table.md").read_text().split("| run |")) == len(headings) // 2 + 1
+        return headings[0], [table.title for table in comparison_tables(runs)]
+
+    first, shown = titles("chat", CHAT | of_benchmarks(["a", "b"]), answer_pattern=None)
+    accuracy = ["held-out accuracy, by log-likelihood", "held-out accuracy, by log-likelihood over characters"]
+    benchmarks = ["average over benchmarks", "benchmark a", "benchmark b"]
+    assert first == "Held-out accuracy, by log-likelihood" and shown == accuracy + benchmarks
+    first, shown = titles("sums", CHAT | of_benchmarks(["a", "b"]))
+    assert first == "Held-out exact match, greedy"
+    assert shown == ["held-out exact match, greedy", *accuracy, *benchmarks]
+    free = {key: CHAT[key] for key in ("exact_match", "logprob")}
+    first, shown = titles("free", free, answer_pattern=None)
+    assert shown == ["held-out log-likelihood of the annotated response, nats"] and first.startswith("Held-out log-l")
 
 
 def test_a_line_of_the_log_that_is_being_written_does_not_count_and_a_damaged_one_is_named(tmp_path, undrawn):
