@@ -7,7 +7,9 @@ where several are. Knows nothing of what is drawn.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -100,8 +102,23 @@ def style_of(index: int) -> tuple[str, Any]:
 
 
 def short_names(labels: Sequence[str], longest: int = 28) -> list[str]:
-    """The labels, those cut that a picture has no room for; a cut one begins with its place in the list."""
-    return [label if len(label) <= longest else f"{i}: {label[: longest - 5]}…" for i, label in enumerate(labels, 1)]
+    """The labels, those cut that a picture has no room for: to their values alone (`spin, 1e-05` for `spin, learning_rate=1e-05`),
+    or to their place in the list and what follows where they part from the one most like them."""
+    bare = [re.sub(r"(^|, )\w+=", r"\1", label) for label in labels]
+    names = []
+    for i, (label, values) in enumerate(zip(labels, bare)):
+        others = [*labels[:i], *labels[i + 1 :]]
+        if len(label) <= longest:
+            names.append(label)
+        elif len(values) <= longest and bare.count(values) == 1 and values not in others:
+            names.append(values)
+        else:
+            alike = (len([*takewhile(lambda pair: pair[0] == pair[1], zip(label, other))]) for other in others)
+            room = longest - 6
+            start = max(0, min(max(alike, default=0) - 2, len(label) - room))
+            cut = label[start : start + room]
+            names.append(f"{i + 1}: {'…' * (start > 0)}{cut}{'…' * (start + room < len(label))}")
+    return names
 
 
 def iteration_ticks(axis: Axes, iterations: Iterable[int], offset: float = 0.0) -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Group as Together
+from rich.markup import escape
 from rich.table import Table
 
 from tspin import storage
 from tspin.comparison import Group, group_runs
 from tspin.run_files import Run, read_iterations, read_metrics
-from tspin.tables import Quantity, asked_of, comparison_cells, iteration_cells, score_of, scores_of
+from tspin.tables import Quantity, asked_of, comparison_cells, iteration_cells, score_of, scores_of, settings_cells
 
 __all__ = [
     "comparison_markdown",
@@ -65,9 +66,19 @@ def comparison_table(runs: Sequence[str | Path], key: str | None = None) -> Tabl
 
 def comparison_tables(runs: Sequence[str | Path]) -> list[Table]:
     """`comparison_table` of every score that the runs were asked for: exact match where an answer_pattern says what the answer is,
-    accuracy, and benchmarks with their average. Where they were asked for none of these, of the first score that they hold."""
+    accuracy, and benchmarks with their average. Where they were asked for none of these, of the first score that they hold. Last
+    comes a table of the keys in which the groups differ."""
     groups = group_runs(runs)
-    return [_comparison_table(groups, score) for score in asked_of(groups)]
+    tables = [*(_comparison_table(groups, score) for score in asked_of(groups)), _settings_table(groups)]
+    return [table for table in tables if table.row_count]
+
+
+def _settings_table(groups: Sequence[Group]) -> Table:
+    headers, rows = settings_cells(groups)
+    table = Table(*map(escape, headers), title="what differs", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def _comparison_table(groups: Sequence[Group], score: Quantity) -> Table:
@@ -77,7 +88,7 @@ def _comparison_table(groups: Sequence[Group], score: Quantity) -> Table:
         is_number = header not in ("run",)
         table.add_column(header.replace(" (", "\n("), justify="right" if is_number else "left")
     for row in rows:
-        table.add_row(row[0], *(cell.replace(" ±", "\n±").replace(" [", "\n[") for cell in row[1:]))
+        table.add_row(escape(row[0]), *(cell.replace(" ±", "\n±").replace(" [", "\n[") for cell in row[1:]))
     return table
 
 
@@ -122,4 +133,6 @@ def write_report(
 def _markdown(groups: Sequence[Group]) -> str:
     if len(groups) == 1 and len(groups[0].runs) == 1:
         return "\n".join(cells.markdown() for cells in iteration_cells(groups[0]))
-    return "\n".join(f"{s.title}\n\n{comparison_cells(groups, s.key).markdown()}" for s in scores_of(groups))
+    tables = [(score.title, comparison_cells(groups, score.key)) for score in scores_of(groups)]
+    tables.append(("what differs", settings_cells(groups)))
+    return "\n".join(f"{title}\n\n{cells.markdown()}" for title, cells in tables if cells.rows)

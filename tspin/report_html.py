@@ -6,17 +6,17 @@ One file that needs no other and no network. The same run files give the same pa
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tspin.comparison import Group, config_differences
+from tspin.comparison import Group
 from tspin.config import default_of, loop_fields, training_fields
 from tspin.evaluate import extract_answer
 from tspin.figures import Picture
+from tspin.plotting import short_names
 from tspin.run_files import Run
 from tspin.tables import (
     SCORES,
@@ -26,6 +26,8 @@ from tspin.tables import (
     iteration_cells,
     iteration_name,
     scores_of,
+    settings_cells,
+    value_text,
 )
 
 _PROMPTS = 4
@@ -64,6 +66,7 @@ def render(groups: Sequence[Group], pictures: Mapping[str, Picture], note: str |
         scores=_scores(groups),
         benchmarks=_scores(groups, single_benchmarks=True),
         spread_note=_spread_note(groups),
+        short_names=_short_names(groups),
         differences=[
             (_sentence(score.title), cells)
             for score in scores_of(groups)
@@ -72,7 +75,7 @@ def render(groups: Sequence[Group], pictures: Mapping[str, Picture], note: str |
         without_reference=_without_reference(groups),
         pair_shares=_pair_shares(groups),
         **_samples(groups),
-        config_differences=_differing(groups),
+        settings=settings_cells(groups),
         config=_config(groups),
         runs=_runs(groups),
         stages=_stages(runs),
@@ -150,6 +153,13 @@ def _scores(groups: Sequence[Group], single_benchmarks: bool = False) -> list[tu
         return [(title, part) for cells in tables for part in cells.split(_WIDEST)]
     scores = [score for score in scores_of(groups) if (score not in SCORES) == single_benchmarks]
     return [(_sentence(score.title), comparison_cells(groups, score.key)) for score in scores]
+
+
+def _short_names(groups: Sequence[Group]) -> Cells:
+    """What those names stand for that the pictures cut."""
+    labels = [group.label for group in groups]
+    rows = [[name, label] for name, label in zip(short_names(labels), labels) if name != label]
+    return Cells(["in the pictures", "run"], rows)
 
 
 def _spread_note(groups: Sequence[Group]) -> str:
@@ -240,21 +250,12 @@ def _verdict(pattern: str | None, wanted: str, text: str, finish_reason: str) ->
     return "right" if finish_reason == "stop" and extract_answer(text, pattern) == answer else "wrong"
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _differing(groups: Sequence[Group]) -> Cells | None:
-    rows = [[key, *map(_text, values)] for key, values in config_differences(groups)]
-    return Cells(["key", *(group.label for group in groups)], rows) if rows else None
-
-
 def _config(groups: Sequence[Group]) -> dict[str, list[tuple[str, str]]]:
     """The keys of the first group's first run: those that are not at their defaults, and the others."""
     fields, given, defaults = loop_fields() | training_fields(), [], []
     for key, value in groups[0].runs[0].config.items():
         is_default = key in fields and default_of(fields[key]) == value
-        (defaults if is_default else given).append((key, _text(value)))
+        (defaults if is_default else given).append((key, value_text(value)))
     return {"given": given, "defaults": defaults}
 
 
@@ -341,7 +342,7 @@ def _versions(runs: Sequence[Run]) -> Cells:
             f"pi_0, {name}": value for name, value in {**model, **model.get("files", {})}.items() if name != "files"
         }
         for key, value in facts.items():
-            values.setdefault(key, {}).setdefault(_text(value), []).append(_path(run))
+            values.setdefault(key, {}).setdefault(value_text(value), []).append(_path(run))
     rows = []
     for key, by_value in values.items():
         for value, paths in by_value.items():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tspin.comparison import Estimate, Group, last_common_iteration, paired_difference
+from tspin.comparison import Estimate, Group, config_differences, last_common_iteration, paired_difference
 
 
 class Quantity(NamedTuple):
@@ -151,6 +152,16 @@ def difference_cells(groups: Sequence[Group], key: str) -> Cells:
     table = [(group, [paired_difference(first, group, t, key) for t in steps]) for group in others]
     rows = [[group.label, *(difference(estimate, spec) for estimate in row)] for group, row in table if any(row)]
     return Cells(["run", *map(iteration_name, steps)], rows)
+
+
+def settings_cells(groups: Sequence[Group]) -> Cells:
+    """A row for each key whose values differ between groups; no rows where none does."""
+    rows = [[key, *map(value_text, values)] for key, values in config_differences(groups)]
+    return Cells(["key", *(group.label for group in groups)], rows)
+
+
+def value_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _spread(estimate: Estimate | None, spec: str, seeds: int) -> str:

@@ -117,6 +117,21 @@ def test_a_label_has_the_keys_that_part_its_method_and_none_of_another(tmp_path)
     assert [g.label for g in group_runs(runs)] == labels
 
 
+def test_an_arm_keeps_its_name_as_its_label():
+    keys = {"method": "spin", "lam": 1.0}
+    runs = [run(f"x/gentle_seed_{seed}", seed=seed, sft_coef=0.5, **keys) for seed in (0, 1)]
+    runs += [run("x/sft_seed_0", seed=0, method="spin", alpha=2.0), run("other", seed=0, **keys)]
+    assert [g.label for g in group_runs(runs)][:2] == ["gentle", "sft"]
+    assert group_runs(runs)[2].label == "alpha=1.0, sft_coef=0.0", "no arm"
+    table = dict(config_differences(group_runs(runs)))
+    assert table == {"alpha": [1.0, 2.0, 1.0], "lam": [1.0, 0.1, 1.0], "sft_coef": [0.5, 0.0, 0.0]}
+    # Of two comparisons, and of one config under two names, no name says which group it is.
+    twice = [run("x/a_seed_0", seed=0, lam=1.0), run("y/a_seed_0", seed=0)]
+    assert [g.label for g in group_runs(twice)] == ["lam=1.0", "lam=0.1"]
+    assert [g.label for g in group_runs([run("x/a_seed_0", seed=0), run("x/b_seed_1", seed=1)])] == ["tspin"]
+    assert group_runs([run("x/a_seed_0", seed=1)])[0].label == "tspin", "the seed of another"
+
+
 def test_models_part_groups_only_where_seeds_do_not():
     runs = [run(f"{model}{seed}", seed=seed, model_name_or_path=model) for model in "xy" for seed in (0, 1)]
     groups = group_runs(runs)

@@ -265,7 +265,9 @@ def test_a_comparison_begins_with_what_its_runs_were_asked_for(tmp_path, undrawn
         headings = [text for text in page.texts if text.startswith(("Held-out", "Average", "Share of", "Benchmark"))]
         assert len(headings) == 2 * len({*scores, "fresh_share"} - {"rows"}), "scores and differences"
         assert len((tmp_path / name / "table.md").read_text().split("| run |")) == len(headings) // 2 + 1
-        return headings[0], [table.title for table in comparison_tables(runs)]
+        *scores, settings = [table.title for table in comparison_tables(runs)]
+        assert settings == "what differs"
+        return headings[0], scores
 
     first, shown = titles("chat", CHAT | of_benchmarks(["a", "b"]), answer_pattern=None)
     accuracy = ["held-out accuracy, by log-likelihood", "held-out accuracy, by log-likelihood over characters"]
@@ -479,6 +481,54 @@ def test_several_runs_are_compared_by_method_with_spread_over_seeds(tmp_path):
     assert "0.585" in text and "± 0.110" in text and f"[{0.2 - half:+.3f}" in text
     assert comparison_markdown(runs) in (tmp_path / "out" / "table.md").read_text()
     assert "| spin | 3 |" in comparison_markdown(runs)
+
+
+def test_arms_go_by_their_names_and_what_differs_is_told(tmp_path, undrawn):
+    arms = {
+        "spin": {},
+        "gentle": {"lam": 1.0, "sft_coef": 0.5, "spin_mix_previous": True},
+        "brave": {"lam": 1.0, "sft_coef": 0.5, "logp_reduction": "mean"},
+    }
+    runs = [make_run(tmp_path / f"{name}_seed_0", **{"method": "spin", **keys}) for name, keys in arms.items()]
+    page = page_of(runs, tmp_path / "out")
+    settings = {row[0]: row[1:] for row in page.rows}
+    assert "tspin: spin, gentle, brave" in page.texts and page.row("gentle", "1") and page.row("key")[1:] == [*arms]
+    assert settings["sft_coef"] == ["0.0", "0.5", "0.5"] and settings["spin_mix_previous"] == ["false", "true", "false"]
+    assert settings["lam"] == ["0.1", "1.0", "1.0"] and settings["logp_reduction"] == ["sum", "sum", "mean"]
+    shown = text_of(comparison_tables(runs)[-1])
+    for text in ((tmp_path / "out" / "table.md").read_text(), shown):
+        assert all(word in text for word in ("what differs", "gentle", "brave", "sft_coef", "spin_mix_previous"))
+    # Nothing to tell where nothing differs, and no markup in what is told.
+    assert "what differs" not in [table.title for table in comparison_tables(runs[:1])]
+    other = make_run(tmp_path / "other", answer_pattern="#([0-9])[/x]")
+    assert "[/x]" in "".join(text_of(table, 200) for table in comparison_tables([runs[0], other]))
+
+
+def test_a_name_that_pictures_cut_keeps_what_parts_it_and_the_page_tells_it(tmp_path, undrawn):
+    reductions = ("sum", "mean")
+    runs = [make_run(tmp_path / name, learning_rate=1e-5, logp_reduction=name, method="spin") for name in reductions]
+    runs.append(make_run(tmp_path / "other", learning_rate=1e-6, method="spin"))
+    labels = [f"learning_rate=1e-05, logp_reduction={name}" for name in reductions] + ["learning_rate=1e-06"]
+    assert plotting.short_names(labels) == ["1e-05, sum", "1e-05, mean", "learning_rate=1e-06"]
+    page = page_of(runs, tmp_path / "out")
+    assert page.row("in the pictures") == ["in the pictures", "run"]
+    assert page.row("1e-05, mean")[1] == labels[1] and not any(row[0] == labels[2] == row[1] for row in page.rows)
+
+
+def test_names_too_long_for_their_values_alone_are_cut_where_they_part():
+    start, end = "a name that is long from the start", "and goes on for long"
+    names = plotting.short_names([f"{start}, {word}, {end}" for word in ("one", "two")] + ["short", "1e-6", "x" * 40])
+    assert all(len(name) <= 28 for name in names) and names[2:4] == ["short", "1e-6"]
+    assert "one" in names[0] and "two" in names[1] and names[4] == f"5: {'x' * 22}…"
+    # Values alone that are those of another, or its whole name, would mislead.
+    alike = [
+        "learning_rate_of_the_first=1e-6",
+        "learning_rate_of_another=1e-6",
+        "learning_rate_of_the_third=3e-6",
+        "3e-6",
+    ]
+    names = plotting.short_names(alike)
+    assert len({*names}) == 4 and all(name[:2] == f"{i}:" for i, name in enumerate(names[:3], 1))
 
 
 def test_the_last_of_five_iterations_is_on_the_page_and_long_names_wrap(tmp_path, undrawn):
