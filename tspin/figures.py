@@ -30,6 +30,7 @@ from tspin.plotting import (
     SKY,
     WIDTH,
     Picture,
+    drawable,
     end_label,
     finish,
     iteration_ticks,
@@ -163,7 +164,7 @@ def _scores(groups: Sequence[Group]) -> Picture | None:
                 texts.append(end_label(axis, means[-1], label, colour))
             alts.append(f"{title}, {group.label}: from {means[0]:{spec}} to {means[-1]:{spec}}")
         axis.set(
-            title=textwrap.fill(title[0].upper() + title[1:], 115 // columns),
+            title=textwrap.fill(drawable(title[0].upper() + title[1:]), 115 // columns),
             xlabel="policy after iteration (π₀: initial)",
         )
         if key.startswith(("exact_match", "accuracy")):

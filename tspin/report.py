@@ -124,7 +124,7 @@ def write_report(
     pictures = draw(groups)
     for name, picture in pictures.items():
         storage.write_atomic(folder / f"{name}.png", picture.png)
-    storage.write_atomic(folder / "table.md", _markdown(groups).encode())
+    storage.write_atomic(folder / "table.md", _markdown(groups).encode("utf-8", "backslashreplace"))
     path = folder / "report.html"
     storage.write_atomic(path, render(groups, pictures, note).encode("utf-8", "backslashreplace"))
     return path

@@ -531,6 +531,19 @@ def test_names_too_long_for_their_values_alone_are_cut_where_they_part():
     assert len({*names}) == 4 and all(name[:2] == f"{i}:" for i, name in enumerate(names[:3], 1))
 
 
+def test_characters_without_a_font_are_escaped_and_no_box_is_drawn(tmp_path, monkeypatch, recwarn):
+    templates = ("问题:{prompt} 回答:", "質問:{prompt}", "\n\n{prompt} 😀")
+    scores = of_benchmarks(["数学"])
+    runs = [make_evaluated(tmp_path / str(i), scores, prompt_template=t) for i, t in enumerate(templates)]
+    page = page_of(runs, tmp_path / "out")
+    assert not [str(w.message) for w in recwarn if "Glyph" in str(w.message)]
+    assert all(page.row(f"prompt_template={' '.join(t.split())}") for t in templates[:2])
+    monkeypatch.setattr(plotting, "_FAMILIES", ["DejaVu Sans"])
+    assert plotting.drawable("é π₀ … 请\n") == "é π₀ … \\u8bf7\\n"
+    first, second = plotting.short_names(["请{prompt}", "问{prompt}"])
+    assert (first, second) == ("\\u8bf7{prompt}", "\\u95ee{prompt}")
+
+
 def test_the_last_of_five_iterations_is_on_the_page_and_long_names_wrap(tmp_path, undrawn):
     runs = [
         make_run(tmp_path / f"{method}-{seed}", method=method, seed=seed)
