@@ -186,14 +186,13 @@ def _compare(args: argparse.Namespace, words: list[str]) -> None:
     from rich.console import Console
 
     from tspin.compare import read_comparison
-    from tspin.report import comparison_table
+    from tspin.report import comparison_tables
 
     comparison = read_comparison(read_values(args.config, words), args.methods, args.arm, args.seeds)
-    results = comparison.run()
+    comparison.run()
     if PartialState().is_main_process:
-        scores = [key for key in ("exact_match", "exact_match_sampled") if key in results[0].evaluations[-1]]
-        for key in scores or [None]:
-            Console().print(comparison_table(comparison.runs, key))
+        for table in comparison_tables(comparison.runs):
+            Console().print(table)
         print(f"report {comparison.directory / 'report' / 'report.html'}")
 
 

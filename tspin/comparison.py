@@ -7,6 +7,7 @@ methods drops out. Deliberately draws no conclusion: means, standard deviations 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,7 @@ def last_common_iteration(groups: Sequence[Group], key: str) -> int | None:
 def group_runs(runs: Sequence[str | Path | Run]) -> list[Group]:
     """Runs grouped by their configs, a key left out counting as its default; groups and runs keep the given order.
 
+    A group is called as the arm of `tspin compare` that it is, and otherwise by its method and what parts it from the others.
     Runs from different models are one group, as pi_0 may be made anew for each seed, unless they have the same seed.
 
     Raises:
@@ -112,6 +114,8 @@ def group_runs(runs: Sequence[str | Path | Run]) -> list[Group]:
         members.setdefault(_key(config, ignored), []).append(i)
     firsts = [configs[indices[0]] for indices in members.values()]
     labels = _labels(firsts, ignored)
+    names = [_arm([read[i] for i in indices]) or label for indices, label in zip(members.values(), labels)]
+    labels = names if len(set(names)) == len(names) else labels
     return [
         Group(label, tuple(read[i] for i in indices), config)
         for label, indices, config in zip(labels, members.values(), firsts)
@@ -145,6 +149,13 @@ def _twins(runs: Sequence[Run], configs: Sequence[dict[str, Any]], ignored: Sequ
         if other is not run:
             return other, run
     return None
+
+
+def _arm(runs: Sequence[Run]) -> str | None:
+    """The name in `<arm>_seed_<seed>`, where all runs lie in such directories and have the same."""
+    found = [re.fullmatch(rf"(.+)_seed_{run.seed}", run.directory.absolute().name) for run in runs]
+    names = {match and match[1] for match in found}
+    return names.pop() if len(names) == 1 else None
 
 
 def _labels(configs: list[dict[str, Any]], ignored: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ Draws from what `tspin.run_files` reads; a panel without data is left out. What 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -29,6 +30,7 @@ from tspin.plotting import (
     SKY,
     WIDTH,
     Picture,
+    drawable,
     end_label,
     finish,
     iteration_ticks,
@@ -37,7 +39,7 @@ from tspin.plotting import (
     style_of,
 )
 from tspin.run_files import Run
-from tspin.tables import SCORES
+from tspin.tables import scores_of
 
 _BINS = 24  # points that an iteration's log is averaged into, at most
 
@@ -122,9 +124,9 @@ def draw(groups: Sequence[Group]) -> dict[str, Picture]:
 
 
 def _scores(groups: Sequence[Group]) -> Picture | None:
-    """Held-out scores and fresh pairs by iteration: means over seeds with standard deviations, and each seed as a thin line."""
+    """What `scores_of` names, by iteration: means over seeds with standard deviations, and each seed as a thin line."""
     panels, alts, labels = [], [], []
-    for key, title, spec in SCORES:
+    for key, _, spec, title in scores_of(groups):
         curves = []
         for group in groups:
             steps = sorted({row["iteration"] for run in group.runs for row in run.rows if key in row})
@@ -136,10 +138,12 @@ def _scores(groups: Sequence[Group]) -> Picture | None:
             panels.append((key, title, spec, curves))
     if not panels:
         return None
-    rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(WIDTH, 3.1 * rows), layout="constrained")
-    grid = figure.subplots(rows, 2, squeeze=False).flat
-    is_crowded = len(groups) > CROWDED
+    columns, height = (2, 3.1) if len(panels) <= 4 else (3, 2.5)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    # Beside narrow panels there is room for numbers, and for names none.
+    is_crowded = len(groups) > (CROWDED if columns == 2 else 1)
     step = min(0.05, 0.4 / len(groups))
     for axis, (key, title, spec, curves) in zip(grid, panels):
         texts = []
@@ -159,8 +163,11 @@ def _scores(groups: Sequence[Group]) -> Picture | None:
                 label = group.label if len(groups) > 1 else format(means[-1], spec)
                 texts.append(end_label(axis, means[-1], label, colour))
             alts.append(f"{title}, {group.label}: from {means[0]:{spec}} to {means[-1]:{spec}}")
-        axis.set(title=title[0].upper() + title[1:], xlabel="policy after iteration (π₀: initial)")
-        if key.startswith("exact_match"):
+        axis.set(
+            title=textwrap.fill(drawable(title[0].upper() + title[1:]), 115 // columns),
+            xlabel="policy after iteration (π₀: initial)",
+        )
+        if key.startswith(("exact_match", "accuracy")):
             axis.set_ylim(-0.02, 1.02)
         elif key == "fresh_share":
             axis.set_ylim(bottom=0)
@@ -177,7 +184,8 @@ def _bar(group: Group, key: str, t: int, estimate: Estimate) -> float:
     """Half an error bar: the standard deviation over seeds, or of one seed's share the standard error over its rows."""
     if estimate.sd is not None:
         return estimate.sd if math.isfinite(estimate.sd) else 0.0
-    rows = {"exact_match": "rows", "exact_match_sampled": "rows", "fresh_share": "fresh_rows"}.get(key, "")
+    is_of_rows = key.startswith(("exact_match", "accuracy"))
+    rows = "rows" if is_of_rows else "fresh_rows" if key == "fresh_share" else ""
     known = [run for run in group.runs if run.score(t, key) is not None and run.score(t, rows)]
     if not known or not 0 <= estimate.mean <= 1:
         return 0.0

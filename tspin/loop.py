@@ -150,7 +150,8 @@ class SelfPlay:
         self._stage(f"{here.name}/eval", lambda: self._evaluate(t + 1, here / "eval.json"), is_evaluated)
         if self.is_main and not is_evaluated:
             write_cards(self.directory)
-            Console().print(iteration_table(self.directory))
+            console = Console()
+            console.print(iteration_table(self.directory, console.width))
 
     def _report(self) -> None:
         try:

@@ -7,12 +7,15 @@ where several are. Knows nothing of what is drawn.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 SKY, PURPLE, BLACK, GREY = "#56B4E9", "#CC79A7", "#000000", "#555555"
@@ -21,7 +24,13 @@ _GROUPS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY, BLACK)
 _STYLES = ("-", "--", ":", "-.", (0, (7, 1, 1, 1, 1, 1)), (0, (2, 4)))
 CROWDED = 12  # groups, more than which have a legend instead of labels at the ends of their lines
 WIDTH = 11.6  # inches, of 100 pixels on the page
+# After matplotlib's own, which has no Chinese, Japanese and Korean: those of these that are installed.
+_FALLBACKS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei")
+_FALLBACKS += ("WenQuanYi Micro Hei", "PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic")
+_FALLBACKS += ("Arial Unicode MS", "Droid Sans Fallback", "Unifont")
+_FAMILIES = ["DejaVu Sans", *(name for name in _FALLBACKS if name in fontManager.get_font_names())]
 LOOK: dict[Any, Any] = {
+    "font.family": _FAMILIES,
     "font.size": 9.5,
     "text.parse_math": False,  # a label may hold a regular expression
     "axes.titlesize": 10,
@@ -99,9 +108,32 @@ def style_of(index: int) -> tuple[str, Any]:
     return _GROUPS[index % len(_GROUPS)], _STYLES[index // len(_GROUPS) % len(_STYLES)]
 
 
+def drawable(text: str) -> str:
+    """The text with those characters escaped (`\\u8bf7`) for which no font is there, and those that end a line."""
+    fonts = [] if text.isascii() else [get_font(findfont(FontProperties(family=[name]))) for name in _FAMILIES]
+    known = lambda c: c.isprintable() and (c.isascii() or any(font.get_char_index(ord(c)) for font in fonts))
+    return "".join(c if known(c) else c.encode("unicode_escape").decode() for c in text)
+
+
 def short_names(labels: Sequence[str], longest: int = 28) -> list[str]:
-    """The labels, those cut that a picture has no room for; a cut one begins with its place in the list."""
-    return [label if len(label) <= longest else f"{i}: {label[: longest - 5]}…" for i, label in enumerate(labels, 1)]
+    """The labels, those cut that a picture has no room for: to their values alone (`spin, 1e-05` for `spin, learning_rate=1e-05`),
+    or to their place in the list and what follows where they part from the one most like them. All are `drawable`."""
+    labels = [drawable(label) for label in labels]
+    bare = [re.sub(r"(^|, )\w+=", r"\1", label) for label in labels]
+    names = []
+    for i, (label, values) in enumerate(zip(labels, bare)):
+        others = [*labels[:i], *labels[i + 1 :]]
+        if len(label) <= longest:
+            names.append(label)
+        elif len(values) <= longest and bare.count(values) == 1 and values not in others:
+            names.append(values)
+        else:
+            alike = (len([*takewhile(lambda pair: pair[0] == pair[1], zip(label, other))]) for other in others)
+            room = longest - 6
+            start = max(0, min(max(alike, default=0) - 2, len(label) - room))
+            cut = label[start : start + room]
+            names.append(f"{i + 1}: {'…' * (start > 0)}{cut}{'…' * (start + room < len(label))}")
+    return names
 
 
 def iteration_ticks(axis: Axes, iterations: Iterable[int], offset: float = 0.0) -> None:

@@ -10,24 +10,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
+from rich.console import Group as Together
+from rich.markup import escape
 from rich.table import Table
 
 from tspin import storage
 from tspin.comparison import Group, group_runs
-from tspin.run_files import Run, read_iterations
-from tspin.tables import comparison_cells, iteration_cells, score_of, scores_of
+from tspin.run_files import Run
+from tspin.tables import Quantity, asked_of, comparison_cells, iteration_cells, score_of, scores_of, settings_cells
 
 
-def iteration_table(run_dir: str | Path) -> Table:
-    """The table shown after each iteration: held-out scores of the policy it ended with, training means on the way."""
-    headers, rows = iteration_cells(read_iterations(run_dir))
-    table = Table(title=f"{Path(run_dir).name}: log-probs in nats per response", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("iter.", no_wrap=True)
-    for header in headers[1:]:
-        table.add_column(header.replace(" ", "\n"), justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
+def iteration_table(run_dir: str | Path, width: int = 80) -> Together:
+    """The table shown after each iteration: scores of the policy it ended with, training means on the way.
+
+    Columns that `width` characters have no room for, and single benchmarks, stand in further tables below it.
+    """
+    (group,) = group_runs([run_dir])
+    tables = []
+    for headers, rows in (part for cells in iteration_cells(group) for part in cells.split(width)):
+        title = None if tables else f"{Path(run_dir).name}: log-probs in nats per response"
+        tables.append(table := Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0)))
+        table.add_column("iter.", no_wrap=True)
+        for header in headers[1:]:
+            table.add_column(header.replace(" ", "\n"), justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+    return Together(*tables)
 
 
 def comparison_table(runs: Sequence[str | Path], key: str | None = None) -> Table:
@@ -35,7 +43,7 @@ def comparison_table(runs: Sequence[str | Path], key: str | None = None) -> Tabl
 
     Args:
         runs: run directories, finished or not.
-        key: of eval.json, as in `SCORES`; default: the first of them that a run holds.
+        key: of eval.json; default: the first of `scores_of`.
     Returns:
         Columns: n seeds; for each iteration the mean over seeds and the standard deviation; at the last iteration that all groups
         have reached, the mean of the differences from the first group, seed by seed, with its 95 % confidence interval.
@@ -43,21 +51,41 @@ def comparison_table(runs: Sequence[str | Path], key: str | None = None) -> Tabl
         ValueError: a directory holds no run, or two runs are the same sample.
     """
     groups = group_runs(runs)
-    key, title, _ = score_of(groups, key)
-    headers, rows = comparison_cells(groups, key)
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), show_lines=True)
+    return _comparison_table(groups, score_of(groups, key))
+
+
+def comparison_tables(runs: Sequence[str | Path]) -> list[Table]:
+    """`comparison_table` of every score that the runs were asked for: exact match where an answer_pattern says what the answer is,
+    accuracy, and benchmarks with their average. Where they were asked for none of these, of the first score that they hold. Last
+    comes a table of the keys in which the groups differ."""
+    groups = group_runs(runs)
+    tables = [*(_comparison_table(groups, score) for score in asked_of(groups)), _settings_table(groups)]
+    return [table for table in tables if table.row_count]
+
+
+def _settings_table(groups: Sequence[Group]) -> Table:
+    headers, rows = settings_cells(groups)
+    table = Table(*map(escape, headers), title="what differs", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _comparison_table(groups: Sequence[Group], score: Quantity) -> Table:
+    headers, rows = comparison_cells(groups, score.key)
+    table = Table(title=score.title, box=box.SIMPLE, padding=(0, 1, 0, 0), show_lines=True)
     for header in headers:
         is_number = header not in ("run",)
         table.add_column(header.replace(" (", "\n("), justify="right" if is_number else "left")
     for row in rows:
-        table.add_row(row[0], *(cell.replace(" ±", "\n±").replace(" [", "\n[") for cell in row[1:]))
+        table.add_row(escape(row[0]), *(cell.replace(" ±", "\n±").replace(" [", "\n[") for cell in row[1:]))
     return table
 
 
 def comparison_markdown(runs: Sequence[str | Path], key: str | None = None) -> str:
     """`comparison_table` in markdown."""
     groups = group_runs(runs)
-    return comparison_cells(groups, score_of(groups, key)[0]).markdown()
+    return comparison_cells(groups, score_of(groups, key).key).markdown()
 
 
 def write_report(
@@ -86,7 +114,7 @@ def write_report(
     pictures = draw(groups)
     for name, picture in pictures.items():
         storage.write_atomic(folder / f"{name}.png", picture.png)
-    storage.write_atomic(folder / "table.md", _markdown(groups).encode())
+    storage.write_atomic(folder / "table.md", _markdown(groups).encode("utf-8", "backslashreplace"))
     path = folder / "report.html"
     storage.write_atomic(path, render(groups, pictures, note).encode("utf-8", "backslashreplace"))
     return path
@@ -94,6 +122,7 @@ def write_report(
 
 def _markdown(groups: Sequence[Group]) -> str:
     if len(groups) == 1 and len(groups[0].runs) == 1:
-        return iteration_cells(groups[0].runs[0].rows).markdown()
-    scores = scores_of(groups)
-    return "\n".join(f"{title}\n\n{comparison_cells(groups, key).markdown()}" for key, title, _ in scores)
+        return "\n".join(cells.markdown() for cells in iteration_cells(groups[0]))
+    tables = [(score.title, comparison_cells(groups, score.key)) for score in scores_of(groups)]
+    tables.append(("what differs", settings_cells(groups)))
+    return "\n".join(f"{title}\n\n{cells.markdown()}" for title, cells in tables if cells.rows)

@@ -6,22 +6,32 @@ One file that needs no other and no network. The same run files give the same pa
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tspin.comparison import Group, config_differences
+from tspin.comparison import Group
 from tspin.config import default_of, loop_fields, training_fields
 from tspin.evaluate import extract_answer
-from tspin.plotting import Picture
+from tspin.plotting import Picture, short_names
 from tspin.run_files import Run
-from tspin.tables import Cells, comparison_cells, difference_cells, iteration_cells, iteration_name, scores_of
+from tspin.tables import (
+    SCORES,
+    Cells,
+    comparison_cells,
+    difference_cells,
+    iteration_cells,
+    iteration_name,
+    scores_of,
+    settings_cells,
+    value_text,
+)
 
 _PROMPTS = 4
 _LONGEST = 4000  # characters of a text
+_WIDEST = 130  # characters of a table, for which the page has room
 # What a stage of the loop is for; proto and eval_initial belong to no iteration.
 _KINDS = {
     "proto": "sampling",
@@ -53,16 +63,18 @@ def render(groups: Sequence[Group], pictures: Mapping[str, Picture], note: str |
         lead=[*([note] if note else []), *_lead(groups)],
         has_seeds=any(len(group.runs) > 1 for group in groups),
         scores=_scores(groups),
+        benchmarks=_scores(groups, single_benchmarks=True),
         spread_note=_spread_note(groups),
+        short_names=_short_names(groups),
         differences=[
-            (_sentence(title), cells)
-            for key, title, _ in scores_of(groups)
-            if (cells := difference_cells(groups, key)).rows
+            (_sentence(score.title), cells)
+            for score in scores_of(groups)
+            if (cells := difference_cells(groups, score.key)).rows
         ],
         without_reference=_without_reference(groups),
         pair_shares=_pair_shares(groups),
         **_samples(groups),
-        config_differences=_differing(groups),
+        settings=settings_cells(groups),
         config=_config(groups),
         runs=_runs(groups),
         stages=_stages(runs),
@@ -110,7 +122,7 @@ def _lead(groups: Sequence[Group]) -> list[str]:
         for run in open_runs:
             last = next(reversed(run.stages), "none")
             lines.append(f"Unfinished: {_path(run)}, {_progress(run)}; last stage done: {last}.")
-    for key, title, spec in scores_of(groups)[:2] if _is_single(groups) else ():
+    for key, _, spec, title in scores_of(groups)[:2] if _is_single(groups) else ():
         known = [row for row in groups[0].runs[0].rows if key in row]
         if len(known) > 1:
             names = [iteration_name(row["iteration"]) for row in (known[0], known[-1])]
@@ -132,15 +144,27 @@ def _progress(run: Run) -> str:
     return f"{done} of {_iterations(run)} iterations"
 
 
-def _scores(groups: Sequence[Group]) -> list[tuple[str, Cells]]:
+def _scores(groups: Sequence[Group], single_benchmarks: bool = False) -> list[tuple[str, Cells]]:
+    """Tables with their titles: of single benchmarks, or of all else."""
     if _is_single(groups):
-        return [("", iteration_cells(groups[0].runs[0].rows))]
-    return [(_sentence(title), comparison_cells(groups, key)) for key, title, _ in scores_of(groups)]
+        first, *others = iteration_cells(groups[0])
+        title, tables = ("Benchmarks", others) if single_benchmarks else ("", [first])
+        return [(title, part) for cells in tables for part in cells.split(_WIDEST)]
+    scores = [score for score in scores_of(groups) if (score not in SCORES) == single_benchmarks]
+    return [(_sentence(score.title), comparison_cells(groups, score.key)) for score in scores]
+
+
+def _short_names(groups: Sequence[Group]) -> Cells:
+    """What those names stand for that the pictures cut."""
+    labels = [group.label for group in groups]
+    rows = [[name, label] for name, label in zip(short_names(labels), labels) if name != label]
+    return Cells(["in the pictures", "run"], rows)
 
 
 def _spread_note(groups: Sequence[Group]) -> str:
     if all(len(group.runs) == 1 for group in groups):
-        text = "One seed: no spread over seeds is known. Bars are the standard error of a share over the rows it was measured on."
+        text = "One seed: no spread over seeds is known. Bars are the standard error of a share over the rows it was measured on;"
+        text += " benchmarks have none here."
     else:
         text = "Mean over seeds ± standard deviation over seeds, which the bars show too; thin lines are single seeds."
     if _is_single(groups):
@@ -225,21 +249,12 @@ def _verdict(pattern: str | None, wanted: str, text: str, finish_reason: str) ->
     return "right" if finish_reason == "stop" and extract_answer(text, pattern) == answer else "wrong"
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _differing(groups: Sequence[Group]) -> Cells | None:
-    rows = [[key, *map(_text, values)] for key, values in config_differences(groups)]
-    return Cells(["key", *(group.label for group in groups)], rows) if rows else None
-
-
 def _config(groups: Sequence[Group]) -> dict[str, list[tuple[str, str]]]:
     """The keys of the first group's first run: those that are not at their defaults, and the others."""
     fields, given, defaults = loop_fields() | training_fields(), [], []
     for key, value in groups[0].runs[0].config.items():
         is_default = key in fields and default_of(fields[key]) == value
-        (defaults if is_default else given).append((key, _text(value)))
+        (defaults if is_default else given).append((key, value_text(value)))
     return {"given": given, "defaults": defaults}
 
 
@@ -326,7 +341,7 @@ def _versions(runs: Sequence[Run]) -> Cells:
             f"pi_0, {name}": value for name, value in {**model, **model.get("files", {})}.items() if name != "files"
         }
         for key, value in facts.items():
-            values.setdefault(key, {}).setdefault(_text(value), []).append(_path(run))
+            values.setdefault(key, {}).setdefault(value_text(value), []).append(_path(run))
     rows = []
     for key, by_value in values.items():
         for value, paths in by_value.items():

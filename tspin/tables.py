@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tspin.comparison import Estimate, Group, last_common_iteration, paired_difference
+from tspin.comparison import Estimate, Group, config_differences, last_common_iteration, paired_difference
 
-# Header, key, format; the value is eval.json's where the key is there, else the mean over the iteration's training log.
-_COLUMNS = (
-    ("exact match", "exact_match", ".3f"),
-    ("sampled match", "exact_match_sampled", ".3f"),
-    ("eval logp", "logprob", ".1f"),
-    ("fresh y<y'", "fresh_share", ".2f"),
-    ("logp real", "logps/chosen", ".1f"),
-    ("logp synth.", "logps/rejected", ".1f"),
-    ("logp proto", "logps/proto", ".1f"),
-    ("margin", "rewards/margins", ".1f"),
-    ("hist. margin", "rewards/history_margins", ".1f"),
-)
-# What methods are compared by: key, name, format.
+
+class Quantity(NamedTuple):
+    """A number of an iteration as tables and pictures show it: its key in `read_iterations`, the header of a column, its format,
+    and its name above a table or a panel."""
+
+    key: str
+    header: str
+    spec: str = ".3f"
+    title: str = ""
+
+
+# What methods are compared by, beside single benchmarks.
 SCORES = (
-    ("exact_match", "held-out exact match, greedy", ".3f"),
-    ("exact_match_sampled", "held-out exact match, sampled at temperature 1", ".3f"),
-    ("logprob", "held-out log-likelihood of the annotated response, nats", ".2f"),
-    ("fresh_share", "share of fresh pairs with logp(y) < logp(y')", ".3f"),
+    Quantity("exact_match", "exact match", title="held-out exact match, greedy"),
+    Quantity("exact_match_sampled", "sampled match", title="held-out exact match, sampled at temperature 1"),
+    Quantity("accuracy", "accuracy", title="held-out accuracy, by log-likelihood"),
+    Quantity("accuracy_norm", "accuracy norm", title="held-out accuracy, by log-likelihood over characters"),
+    Quantity("tasks/average", "tasks average", title="average over benchmarks"),
+    Quantity("logprob", "eval logp", ".2f", "held-out log-likelihood of the annotated response, nats"),
+    Quantity("fresh_share", "fresh y<y'", title="share of fresh pairs with logp(y) < logp(y')"),
+)
+# Means over the iteration's training log.
+_TRAINING = (
+    Quantity("logps/chosen", "logp real", ".1f"),
+    Quantity("logps/rejected", "logp synth.", ".1f"),
+    Quantity("logps/proto", "logp proto", ".1f"),
+    Quantity("rewards/margins", "margin", ".1f"),
+    Quantity("rewards/history_margins", "hist. margin", ".1f"),
 )
 
 
@@ -36,7 +47,23 @@ class Cells(NamedTuple):
 
     def without_empty(self) -> Cells:
         """The table less its columns that are empty in every row."""
-        kept = [i for i in range(len(self.headers)) if i == 0 or any(row[i] for row in self.rows)]
+        return self._columns([i for i in range(len(self.headers)) if i == 0 or any(row[i] for row in self.rows)])
+
+    def split(self, width: int) -> list[Cells]:
+        """Tables that all begin with the first column and, headers broken at spaces and columns two apart, are at most `width`
+        characters wide."""
+        sizes = [
+            2 + max(map(len, [*header.split(), *(row[i] for row in self.rows)]), default=0)
+            for i, header in enumerate(self.headers)
+        ]
+        parts = [[0]]
+        for i in range(1, len(sizes)):
+            if len(parts[-1]) > 1 and sum(sizes[j] for j in parts[-1]) + sizes[i] > width:
+                parts.append([0])
+            parts[-1].append(i)
+        return [self._columns(part) for part in parts]
+
+    def _columns(self, kept: Sequence[int]) -> Cells:
         return Cells([self.headers[i] for i in kept], [[row[i] for i in kept] for row in self.rows])
 
     def markdown(self) -> str:
@@ -45,36 +72,62 @@ class Cells(NamedTuple):
         return "".join("| " + " | ".join(line) + " |\n" for line in cells)
 
 
-def iteration_cells(rows: list[dict[str, Any]]) -> Cells:
-    """A row an iteration of `read_iterations`, with those columns that hold something."""
-    columns = [column for column in _COLUMNS if any(column[1] in row for row in rows)]
-    cells = [
-        [iteration_name(row["iteration"]), *(format(row[key], spec) if key in row else "" for _, key, spec in columns)]
-        for row in rows
-    ]
-    return Cells(["iteration", *(header for header, _, _ in columns)], cells)
+def iteration_cells(group: Group) -> list[Cells]:
+    """Of a group's first run, a row an iteration and those columns that hold something: scores and means of the training log,
+    and in a second table, where there are any, single benchmarks."""
+    rows, scores = group.runs[0].rows, scores_of([group])
+    singles = [score for score in scores if score not in SCORES]
+    tables = []
+    for columns in ([score for score in scores if score in SCORES] + [*_TRAINING], singles):
+        shown = [column for column in columns if any(column.key in row for row in rows)]
+        cells = [
+            [iteration_name(row["iteration"]), *(format(row[c.key], c.spec) if c.key in row else "" for c in shown)]
+            for row in rows
+        ]
+        tables.append(Cells(["iteration", *(column.header for column in shown)], cells))
+    return tables if singles else tables[:1]
 
 
 def iteration_name(t: int) -> str:
     return "initial" if t < 0 else str(t)
 
 
-def scores_of(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
-    """The entries of `SCORES` that some run holds."""
-    return [
-        score for score in SCORES if any(score[0] in row for group in groups for run in group.runs for row in run.rows)
-    ]
+def scores_of(groups: Sequence[Group]) -> list[Quantity]:
+    """The scores that some run holds, single benchmarks last. Without an answer_pattern exact match is of whole texts, which of
+    chat says nothing, and comes after the others of `SCORES`."""
+    held = dict.fromkeys(key for group in groups for run in group.runs for row in run.rows for key in row)
+    scores = [score for score in SCORES if score.key in held]
+    if not _has_answers(groups):
+        scores.sort(key=_is_match)
+    names = [key.removeprefix("tasks/") for key in held if key.startswith("tasks/") and key != "tasks/average"]
+    return scores + [Quantity(f"tasks/{name}", name, title=f"benchmark {name}") for name in names]
 
 
-def score_of(groups: Sequence[Group], key: str | None) -> tuple[str, str, str]:
+def asked_of(groups: Sequence[Group]) -> list[Quantity]:
+    """Those of `scores_of` for which the runs were given answers, choices or benchmarks; where they were given none, the first."""
+    scores, matches = scores_of(groups), _has_answers(groups)
+    asked = [s for s in scores if s.key.startswith(("accuracy", "tasks/")) or (matches and _is_match(s))]
+    return asked or scores[:1]
+
+
+def _has_answers(groups: Sequence[Group]) -> bool:
+    return any(group.config.get("answer_pattern") for group in groups)
+
+
+def _is_match(score: Quantity) -> bool:
+    return score.key.startswith("exact_match")
+
+
+def score_of(groups: Sequence[Group], key: str | None) -> Quantity:
+    scores = scores_of(groups)
     if key is None:
-        return (scores_of(groups) or SCORES)[0]
-    return next((score for score in SCORES if score[0] == key), (key, key, ".3f"))
+        return (scores or SCORES)[0]
+    return next((score for score in scores if score.key == key), Quantity(key, key, title=key))
 
 
 def comparison_cells(groups: Sequence[Group], key: str) -> Cells:
     """The cells of `comparison_table`; a mean over fewer seeds than the group has says over how many."""
-    _, _, spec = score_of(groups, key)
+    spec = score_of(groups, key).spec
     steps = sorted({row["iteration"] for group in groups for run in group.runs for row in run.rows if key in row})
     common = last_common_iteration(groups, key) if len(groups) > 1 else None
     headers = ["run", "seeds", *map(iteration_name, steps)]
@@ -93,12 +146,22 @@ def comparison_cells(groups: Sequence[Group], key: str) -> Cells:
 
 def difference_cells(groups: Sequence[Group], key: str) -> Cells:
     """The paired differences of every group from the first at every iteration; no rows where nothing can be paired."""
-    _, _, spec = score_of(groups, key)
+    spec = score_of(groups, key).spec
     first, *others = groups
     steps = sorted({row["iteration"] for run in first.runs for row in run.rows if key in row})
     table = [(group, [paired_difference(first, group, t, key) for t in steps]) for group in others]
     rows = [[group.label, *(difference(estimate, spec) for estimate in row)] for group, row in table if any(row)]
     return Cells(["run", *map(iteration_name, steps)], rows)
+
+
+def settings_cells(groups: Sequence[Group]) -> Cells:
+    """A row for each key whose values differ between groups; no rows where none does."""
+    rows = [[key, *map(value_text, values)] for key, values in config_differences(groups)]
+    return Cells(["key", *(group.label for group in groups)], rows)
+
+
+def value_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _spread(estimate: Estimate | None, spec: str, seeds: int) -> str:

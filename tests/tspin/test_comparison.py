@@ -54,7 +54,7 @@ def test_an_estimate_has_mean_standard_deviation_and_interval():
     assert math.isnan(Estimate.of([1.0, math.inf]).sd)
 
 
-@settings(derandomize=True, max_examples=50)
+@settings(derandomize=True, max_examples=50, deadline=None)
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=8), st.floats(-10, 10), st.randoms())
 def test_a_shift_of_all_seeds_is_the_difference_whatever_the_seeds_and_their_order(scores, shift, rng):
     first = [run(f"a{seed}", [score], seed=seed) for seed, score in enumerate(scores)]
@@ -115,6 +115,21 @@ def test_a_label_has_the_keys_that_part_its_method_and_none_of_another(tmp_path)
     ]
     labels = ["tspin, alpha=0.3", "tspin, alpha=1.0", "spin, lam=0.1", "spin, lam=1.0", "sft"]
     assert [g.label for g in group_runs(runs)] == labels
+
+
+def test_an_arm_keeps_its_name_as_its_label():
+    keys = {"method": "spin", "lam": 1.0}
+    runs = [run(f"x/gentle_seed_{seed}", seed=seed, sft_coef=0.5, **keys) for seed in (0, 1)]
+    runs += [run("x/sft_seed_0", seed=0, method="spin", alpha=2.0), run("other", seed=0, **keys)]
+    assert [g.label for g in group_runs(runs)][:2] == ["gentle", "sft"]
+    assert group_runs(runs)[2].label == "alpha=1.0, sft_coef=0.0", "no arm"
+    table = dict(config_differences(group_runs(runs)))
+    assert table == {"alpha": [1.0, 2.0, 1.0], "lam": [1.0, 0.1, 1.0], "sft_coef": [0.5, 0.0, 0.0]}
+    # Of two comparisons, and of one config under two names, no name says which group it is.
+    twice = [run("x/a_seed_0", seed=0, lam=1.0), run("y/a_seed_0", seed=0)]
+    assert [g.label for g in group_runs(twice)] == ["lam=1.0", "lam=0.1"]
+    assert [g.label for g in group_runs([run("x/a_seed_0", seed=0), run("x/b_seed_1", seed=1)])] == ["tspin"]
+    assert group_runs([run("x/a_seed_0", seed=1)])[0].label == "tspin", "the seed of another"
 
 
 def test_models_part_groups_only_where_seeds_do_not():

@@ -19,6 +19,7 @@ from tspin.comparison import Estimate, group_runs
 from tspin.report import (
     comparison_markdown,
     comparison_table,
+    comparison_tables,
     iteration_table,
     write_report,
 )
@@ -142,6 +143,23 @@ def make_run(directory, **options):
     return directory
 
 
+PAPER = ("GSM8K", "MATH", "MuSR", "MMLU", "MMLU-Pro", "GPQA", "HellaSwag", "WinoGrande", "BBH", "IFEval")
+
+
+def make_evaluated(directory, scores, keeps=("iteration",), **config):
+    """A run whose evaluations hold these scores, and of those of `make_run` the ones to keep."""
+    make_run(directory, **config)
+    for path in directory.glob("**/eval*.json"):
+        own = storage.read_json(path)
+        storage.write_json(path, {key: own[key] for key in keeps if key in own} | scores)
+    return directory
+
+
+def of_benchmarks(names=PAPER, lift=0.0):
+    scores = {f"tasks/{name}": 0.101 * (i + 1) - 0.1 + lift for i, name in enumerate(names)}
+    return scores | {"tasks/average": 0.456 + lift}
+
+
 class Page(HTMLParser):
     """Elements with their attributes and texts; fails where tags do not balance."""
 
@@ -199,6 +217,67 @@ def test_table_has_a_row_an_iteration_and_only_columns_that_hold_something(tmp_p
     assert [line.split()[:2] for line in text.splitlines() if "0." in line] == [["initial", "0.125"], ["0", "0.250"]]
     assert "exact" in text and "proto" not in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+CHAT = {"exact_match": 0.0, "accuracy": 0.625, "accuracy_norm": 0.75, "logprob": -9.5, "rows": 40}
+
+
+def test_every_score_of_a_run_is_in_its_tables_and_pictures(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "finish", lambda figure, *_: drawn.append(figure) or plotting.finish(figure, [], ""))
+    run = make_evaluated(tmp_path / "run", {**CHAT, **of_benchmarks()}, answer_pattern=None)
+    page = page_of(run)
+    head = page.row("iteration")
+    assert head[1:6] == ["accuracy", "accuracy norm", "tasks average", "eval logp", "exact match"]
+    assert page.row("initial")[1:6] == ["0.625", "0.750", "0.456", "-9.50", "0.000"]
+    (single,) = (row for row in page.rows if row[1:] == [*PAPER])
+    assert page.rows[page.rows.index(single) + 1][1:] == [f"{0.101 * (i + 1) - 0.1:.3f}" for i in range(10)]
+    texts = (run / "report" / "table.md").read_text(), text_of(iteration_table(run))
+    for name, value in {**CHAT, **of_benchmarks()}.items():
+        held = f"{value:.2f}" if name == "logprob" else f"{value:.3f}"
+        assert name == "rows" or all(held in text for text in texts), name
+    assert "…" not in texts[1] and max(map(len, texts[1].splitlines())) <= 80
+    titles = [axis._left_title for axis in drawn[0].axes]
+    assert [title.get_text() for title in titles][-10:] == [f"Benchmark {name}" for name in PAPER]
+    assert titles[0].get_text() == "Held-out accuracy, by log-likelihood" and len(titles) == 15
+    drawn[0].draw_without_rendering()
+    boxes = [title.get_window_extent() for title in titles]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert max(box.x1 for box in boxes) <= drawn[0].bbox.x1
+
+
+def test_a_run_with_benchmarks_alone_is_evaluated(tmp_path):
+    run = make_evaluated(tmp_path / "run", of_benchmarks(["sums"]), iterations=1)
+    page = page_of(run)
+    assert "Nothing is evaluated yet." not in page.texts and (run / "report" / "scores.png").exists()
+    assert any(text.startswith("Average over benchmarks: 0.456 (initial)") for text in page.texts)
+    assert page.row("initial")[:2] == ["initial", "0.456"] and ["initial", "0.001"] in page.rows
+
+
+def test_a_comparison_begins_with_what_its_runs_were_asked_for(tmp_path, undrawn):
+    def titles(name, scores, **config):
+        runs = [
+            make_evaluated(tmp_path / name / m, scores, ("iteration", "fresh_share"), method=m, **config)
+            for m in ("tspin", "spin")
+        ]
+        page = page_of(runs, tmp_path / name)
+        headings = [text for text in page.texts if text.startswith(("Held-out", "Average", "Share of", "Benchmark"))]
+        assert len(headings) == 2 * len({*scores, "fresh_share"} - {"rows"}), "scores and differences"
+        assert len((tmp_path / name / "table.md").read_text().split("| run |")) == len(headings) // 2 + 1
+        *scores, settings = [table.title for table in comparison_tables(runs)]
+        assert settings == "what differs"
+        return headings[0], scores
+
+    first, shown = titles("chat", CHAT | of_benchmarks(["a", "b"]), answer_pattern=None)
+    accuracy = ["held-out accuracy, by log-likelihood", "held-out accuracy, by log-likelihood over characters"]
+    benchmarks = ["average over benchmarks", "benchmark a", "benchmark b"]
+    assert first == "Held-out accuracy, by log-likelihood" and shown == accuracy + benchmarks
+    first, shown = titles("sums", CHAT | of_benchmarks(["a", "b"]))
+    assert first == "Held-out exact match, greedy"
+    assert shown == ["held-out exact match, greedy", *accuracy, *benchmarks]
+    free = {key: CHAT[key] for key in ("exact_match", "logprob")}
+    first, shown = titles("free", free, answer_pattern=None)
+    assert shown == ["held-out log-likelihood of the annotated response, nats"] and first.startswith("Held-out log-l")
 
 
 def test_a_line_of_the_log_that_is_being_written_does_not_count_and_a_damaged_one_is_named(tmp_path, undrawn):
@@ -401,6 +480,67 @@ def test_several_runs_are_compared_by_method_with_spread_over_seeds(tmp_path):
     assert "0.585" in text and "± 0.110" in text and f"[{0.2 - half:+.3f}" in text
     assert comparison_markdown(runs) in (tmp_path / "out" / "table.md").read_text()
     assert "| spin | 3 |" in comparison_markdown(runs)
+
+
+def test_arms_go_by_their_names_and_what_differs_is_told(tmp_path, undrawn):
+    arms = {
+        "spin": {},
+        "gentle": {"lam": 1.0, "sft_coef": 0.5, "spin_mix_previous": True},
+        "brave": {"lam": 1.0, "sft_coef": 0.5, "logp_reduction": "mean"},
+    }
+    runs = [make_run(tmp_path / f"{name}_seed_0", **{"method": "spin", **keys}) for name, keys in arms.items()]
+    page = page_of(runs, tmp_path / "out")
+    settings = {row[0]: row[1:] for row in page.rows}
+    assert "tspin: spin, gentle, brave" in page.texts and page.row("gentle", "1") and page.row("key")[1:] == [*arms]
+    assert settings["sft_coef"] == ["0.0", "0.5", "0.5"] and settings["spin_mix_previous"] == ["false", "true", "false"]
+    assert settings["lam"] == ["0.1", "1.0", "1.0"] and settings["logp_reduction"] == ["sum", "sum", "mean"]
+    shown = text_of(comparison_tables(runs)[-1])
+    for text in ((tmp_path / "out" / "table.md").read_text(), shown):
+        assert all(word in text for word in ("what differs", "gentle", "brave", "sft_coef", "spin_mix_previous"))
+    # Nothing to tell where nothing differs, and no markup in what is told.
+    assert "what differs" not in [table.title for table in comparison_tables(runs[:1])]
+    other = make_run(tmp_path / "other", answer_pattern="#([0-9])[/x]")
+    assert "[/x]" in "".join(text_of(table, 200) for table in comparison_tables([runs[0], other]))
+
+
+def test_a_name_that_pictures_cut_keeps_what_parts_it_and_the_page_tells_it(tmp_path, undrawn):
+    reductions = ("sum", "mean")
+    runs = [make_run(tmp_path / name, learning_rate=1e-5, logp_reduction=name, method="spin") for name in reductions]
+    runs.append(make_run(tmp_path / "other", learning_rate=1e-6, method="spin"))
+    labels = [f"learning_rate=1e-05, logp_reduction={name}" for name in reductions] + ["learning_rate=1e-06"]
+    assert plotting.short_names(labels) == ["1e-05, sum", "1e-05, mean", "learning_rate=1e-06"]
+    page = page_of(runs, tmp_path / "out")
+    assert page.row("in the pictures") == ["in the pictures", "run"]
+    assert page.row("1e-05, mean")[1] == labels[1] and not any(row[0] == labels[2] == row[1] for row in page.rows)
+
+
+def test_names_too_long_for_their_values_alone_are_cut_where_they_part():
+    start, end = "a name that is long from the start", "and goes on for long"
+    names = plotting.short_names([f"{start}, {word}, {end}" for word in ("one", "two")] + ["short", "1e-6", "x" * 40])
+    assert all(len(name) <= 28 for name in names) and names[2:4] == ["short", "1e-6"]
+    assert "one" in names[0] and "two" in names[1] and names[4] == f"5: {'x' * 22}…"
+    # Values alone that are those of another, or its whole name, would mislead.
+    alike = [
+        "learning_rate_of_the_first=1e-6",
+        "learning_rate_of_another=1e-6",
+        "learning_rate_of_the_third=3e-6",
+        "3e-6",
+    ]
+    names = plotting.short_names(alike)
+    assert len({*names}) == 4 and all(name[:2] == f"{i}:" for i, name in enumerate(names[:3], 1))
+
+
+def test_characters_without_a_font_are_escaped_and_no_box_is_drawn(tmp_path, monkeypatch, recwarn):
+    templates = ("问题:{prompt} 回答:", "質問:{prompt}", "\n\n{prompt} 😀")
+    scores = of_benchmarks(["数学"])
+    runs = [make_evaluated(tmp_path / str(i), scores, prompt_template=t) for i, t in enumerate(templates)]
+    page = page_of(runs, tmp_path / "out")
+    assert not [str(w.message) for w in recwarn if "Glyph" in str(w.message)]
+    assert all(page.row(f"prompt_template={' '.join(t.split())}") for t in templates[:2])
+    monkeypatch.setattr(plotting, "_FAMILIES", ["DejaVu Sans"])
+    assert plotting.drawable("é π₀ … 请\n") == "é π₀ … \\u8bf7\\n"
+    first, second = plotting.short_names(["请{prompt}", "问{prompt}"])
+    assert (first, second) == ("\\u8bf7{prompt}", "\\u95ee{prompt}")
 
 
 def test_the_last_of_five_iterations_is_on_the_page_and_long_names_wrap(tmp_path, undrawn):
