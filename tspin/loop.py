@@ -235,24 +235,24 @@ class SelfPlay:
 
     def refuse_changes(self) -> None:
         """ValueError where the directory belongs to another config and `allow_config_change` is not set."""
-        path = self.directory / "config.yaml"
-        if self.config.allow_config_change or not (path.exists() or self.ledger.path.exists()):
+        if self.config.allow_config_change:
             return
-        origin = None
-        if not path.exists():
-            lost, path = path, self.ledger.path
+        if self.ledger.path.exists():
             self.ledger.read()
-            origin = self.ledger.last_origin()
-            if self.ledger.done and origin is None:
+        # Not what config.yaml says: this config may have been read from it, after an edit.
+        origin, path = self.ledger.origin, self.directory / "config.yaml"
+        if origin:
+            path = self.ledger.path
+        elif not path.exists():
+            if self.ledger.done:
                 logger.warning(
                     "%s is missing, and %s, of an older version, does not say by which config its stages were made: they are "
                     "taken for those of this one; restore the file if they are not",
-                    *(lost, path),
+                    *(path, self.ledger.path),
                 )
-            if origin is None:
-                return
+            return
         try:
-            known = SelfPlayConfig.from_file(path) if origin is None else SelfPlayConfig.from_dict(origin["config"])
+            known = SelfPlayConfig.from_dict(origin["config"]) if origin else SelfPlayConfig.from_file(path)
         except ValueError as error:
             raise ValueError(
                 f"{path} is damaged ({error}); restore it, or delete {path}, and the same command writes it anew"
@@ -278,7 +278,6 @@ class SelfPlay:
             self.examples, _ = load_examples(config, self.tokenizer)
             self.held_out = load_examples(config, self.tokenizer, split="eval")[0] if config.eval_dataset else []
         data = {"rows": len(self.examples), "sha256": _examples_hash(self.examples)}
-        self.ledger.origin = {"config": config.to_dict(), "data": data, "processes": self.world}
         if self.is_main:
             storage.remove_partial(self.directory)
             record = {
@@ -292,7 +291,7 @@ class SelfPlay:
                 "eval_data": {"rows": len(self.held_out), "sha256": _examples_hash(self.held_out)},
             }
             storage.bind(record_path, record, allow_change=config.allow_config_change)
-            self.ledger.begin()
+            self.ledger.begin({"config": config.to_dict(), "data": data, "processes": self.world})
             draft = self.directory / ".config.yaml.tmp"
             config.save(draft)
             storage.write_atomic(path, draft.read_bytes())

@@ -359,19 +359,43 @@ def test_a_changed_config_is_refused_with_the_difference(finished, toy, tmp_path
     assert SelfPlayConfig.from_file(directory / "config.yaml").iterations == 3
 
 
-def test_a_changed_config_is_refused_where_config_yaml_is_gone(finished, toy, tmp_path, caplog):
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_changed_config_is_refused_where_config_yaml_is_gone_or_holds_the_change(finished, toy, tmp_path, lost):
     directory = copy_of(finished("tspin"), tmp_path)
-    (directory / "config.yaml").unlink()
     shutil.rmtree(directory / "iter_01")
+    changed = toy_config(toy, directory, method="tspin", learning_rate=2e-3)
+    (directory / "config.yaml").unlink() if lost else changed.save(directory / "config.yaml")
     with pytest.raises(
         ValueError, match=r"another config \(state.json: learning_rate: 0.001 -> 0.002\); undo the change"
     ):
-        SelfPlay(toy_config(toy, directory, method="tspin", learning_rate=2e-3)).run()
-    SelfPlay(toy_config(toy, directory, method="tspin")).refuse_changes()
-    assert "is missing" not in caplog.text
+        SelfPlay(changed).run()
+    assert SelfPlay(toy_config(toy, directory, method="tspin")).run().model_hash == finished("tspin").model_hash
+
+
+def test_an_allowed_change_binds_the_directory_before_any_stage_is_done(finished, toy, tmp_path, monkeypatch):
+    directory, changes = copy_of(finished("tspin"), tmp_path), {"method": "tspin", "learning_rate": 2e-3}
+    shutil.rmtree(directory / "iter_01")
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SelfPlay, "_survey", stop)
+        SelfPlay(toy_config(toy, directory, **changes, allow_config_change=True)).run()
+    SelfPlay(toy_config(toy, directory, **changes)).refuse_changes()
+    with pytest.raises(ValueError, match=r"another config \(state.json: learning_rate: 0.002 -> 0.001\)"):
+        SelfPlay(toy_config(toy, directory, method="tspin")).run()
+
+
+def test_a_directory_of_an_older_version_is_bound_by_its_config_yaml(finished, toy, tmp_path, caplog):
+    directory = copy_of(finished("tspin"), tmp_path)
     done = storage.read_record(directory / "state.json")["done"]
     storage.write_record(directory / "state.json", {"done": done})
-    SelfPlay(toy_config(toy, directory, method="tspin", learning_rate=2e-3)).refuse_changes()
+    changed = SelfPlay(toy_config(toy, directory, method="tspin", learning_rate=2e-3))
+    with pytest.raises(ValueError, match=r"another config \(config.yaml: learning_rate: 0.001 -> 0.002\)"):
+        changed.refuse_changes()
+    (directory / "config.yaml").unlink()
+    changed.refuse_changes()
     assert "config.yaml is missing, and " in caplog.text and "does not say by which config" in caplog.text
 
 
