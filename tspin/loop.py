@@ -176,6 +176,9 @@ class SelfPlay:
             self.exported[t] = passed or self.ledger.holds(f"{name}/model", here / "model")
             whole = not self.exported[t] and f"{name}/train" in self.ledger.done and self._checkpoints(t).final()
             self.trained[t] = later = self.exported[t] or bool(whole)
+            # Nothing is left to make it again from but a whole training, and what is there may be the user's.
+            if not later and f"{name}/model" in self.ledger.done and (here / "model").exists():
+                raise self._altered(t)
 
     def _checkpoints(self, t: int) -> Checkpoints:
         """Those of an iteration; once it is trained, only those of that training count."""
@@ -316,12 +319,17 @@ class SelfPlay:
     def _read(self, t: int, whole: bool = False) -> PreTrainedModel:
         path = self._at(t - 1) / "model"
         if t > 0 and not self.ledger.holds(f"{self._at(t - 1).name}/model", path):
-            raise ValueError(
-                f"{path} is missing or altered; restore it, or delete {self._at(t - 1)} and all later iterations, "
-                "and the same command makes them again"
-            )
+            raise self._altered(t - 1)
         device, named = cast(torch.device, PartialState().device), None if t == 0 else str(path)
         return model_of(self.config, named, revision=self.revision, whole=whole, device=device)
+
+    def _altered(self, t: int) -> ValueError:
+        """The error of a policy that is not what iteration t made."""
+        here = self._at(t)
+        return ValueError(
+            f"{here / 'model'} is missing or altered; restore it and take out what was added to it, or delete {here} and all "
+            "later iterations, and the same command makes them again"
+        )
 
     def _weights(self, t: int) -> str:
         """The directory of pi_t."""

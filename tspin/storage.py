@@ -30,7 +30,7 @@ _REQUEST_KEY = b"tspin.request"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _SCARCE_BYTES = 1 << 20
 _SEAL = "complete.json"
-_CARD = ("README.md", ".README.md.tmp")
+_CARD = "README.md"
 
 
 def _temporary(path: Path) -> Path:
@@ -244,11 +244,13 @@ def fingerprint(
 def content_hash(path: str | os.PathLike) -> str | None:
     """SHA-256 of a file, or of the names and hashes of all files below a directory; None where there is nothing.
 
-    A directory's card, its README.md, does not count: it tells what came after, as evaluations do.
+    A directory's card, its README.md, does not count: it tells what came after, as evaluations do. Nor do hidden files, which
+    file browsers and network disks leave.
     """
     path = Path(path)
     if path.is_dir():
-        return hash_json({name: digest for name, digest in _tree_hashes(path).items() if name not in _CARD})
+        files = _tree_hashes(path).items()
+        return hash_json({name: digest for name, digest in files if name != _CARD and "/." not in f"/{name}"})
     return sha256(path) if path.exists() else None
 
 

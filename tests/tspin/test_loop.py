@@ -344,9 +344,28 @@ def test_an_altered_policy_is_never_loaded(finished, toy, tmp_path):
     path = directory / "iter_00" / "model" / "config.json"
     path.write_text(path.read_text() + " ")
     with pytest.raises(
-        ValueError, match=r"iter_00/model is missing or altered; restore it, or delete .*iter_00 and all"
+        ValueError, match=r"iter_00/model is missing or altered; restore it .*, or delete .*iter_00 and all"
     ):
         play._load(1)
+
+
+def test_a_finished_policy_is_not_trained_again_for_files_laid_beside_it(finished, toy, tmp_path):
+    """Where its checkpoints, which are scratch, are gone too."""
+    result, directory = finished("tspin"), copy_of(finished("tspin"), tmp_path)
+    model, play = directory / "iter_00" / "model", SelfPlay(toy_config(toy, directory, method="tspin"))
+    shutil.rmtree(directory / "iter_00" / "checkpoints")
+    shutil.rmtree(directory / "iter_01")
+    for name in (".DS_Store", ".cache/huggingface/lock"):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text("hidden")
+    (model / "LICENSE").write_text("mine")
+    with pytest.raises(ValueError, match=r"iter_00/model is missing or altered; restore it and take out"):
+        play.run()
+    assert (model / "LICENSE").read_text() == "mine" and not (directory / "iter_01").exists()
+    (model / "LICENSE").unlink()
+    weights = (model / "model.safetensors").stat().st_mtime_ns
+    assert play.run().model_hash == result.model_hash
+    assert (model / "model.safetensors").stat().st_mtime_ns == weights and (model / ".DS_Store").exists()
 
 
 def test_a_changed_config_is_refused_with_the_difference(finished, toy, tmp_path):

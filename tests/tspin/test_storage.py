@@ -187,6 +187,17 @@ def test_hashes_are_those_of_sha256(tmp_path):
     assert storage.hash_json({"b": 1, "a": 2}) == storage.hash_json({"a": 2, "b": 1}) != storage.hash_json({"a": 2})
 
 
+@pytest.mark.parametrize(
+    "name, counts", [("sub/b", True), (".DS_Store", False), (".cache/b", False), ("README.md", False)]
+)
+def test_the_hash_of_a_directory_is_of_what_a_program_reads_in_it(tmp_path, name, counts):
+    (tmp_path / "a").write_text("a")
+    before = storage.content_hash(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("b")
+    assert (storage.content_hash(tmp_path) != before) == counts
+
+
 def test_parquet_is_written_whole(tmp_path):
     import pyarrow.parquet as pq
 
