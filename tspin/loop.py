@@ -94,7 +94,7 @@ class SelfPlay:
         self.autocast = first.autocast_dtype
         state = PartialState()
         self.is_main, self.rank, self.world = state.is_main_process, state.process_index, state.num_processes
-        with storage.run_lock(self.directory, self.rank), storage.disk_errors(self.directory):
+        with storage.run_lock(self.directory, self.rank):
             self._open()
             self._survey()
             log = self.directory / "server.log"
