@@ -204,13 +204,13 @@ def _generate(args: argparse.Namespace, words: list[str]) -> None:
     from tspin.data import load_examples
     from tspin.generate import generate_responses
     from tspin.loading import local_directory, model_of, tokenizer_of, training_args_of
-    from tspin.storage import disk_errors, run_lock
+    from tspin.storage import run_lock
 
     state: Any = PartialState()
     autocast_dtype, tokenizer = training_args_of(config).autocast_dtype, tokenizer_of(config)
     examples, _ = load_examples(config, tokenizer, split=args.split)
     is_server = config.generation_backend == "openai"
-    with run_lock(config.output_dir, state.process_index), disk_errors(config.output_dir):
+    with run_lock(config.output_dir, state.process_index):
         if state.is_main_process or not is_server:
             with opened(
                 config,
@@ -254,7 +254,7 @@ def _train(args: argparse.Namespace, words: list[str]) -> None:
 
     from tspin.loading import add_adapter, lora_config, model_of, tokenizer_of, training_args_of
     from tspin.sharding import whole_weights
-    from tspin.storage import disk_errors, run_lock, staged_directory
+    from tspin.storage import run_lock, staged_directory
     from tspin.trainer import TSPINTrainer
 
     try:
@@ -264,7 +264,7 @@ def _train(args: argparse.Namespace, words: list[str]) -> None:
     tokenizer, final = tokenizer_of(config), Path(config.output_dir) / "model"
     training_args = training_args_of(config, args.iteration)
     state: Any = PartialState()
-    with run_lock(config.output_dir, state.process_index), disk_errors(config.output_dir):
+    with run_lock(config.output_dir, state.process_index):
         trainer = TSPINTrainer(
             model_of(config, device=training_args.device),
             training_args,

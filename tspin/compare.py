@@ -122,7 +122,8 @@ class Comparison:
             ValueError: as `SelfPlay.run`; before anything is run, where an arm's directory belongs to another config.
         """
         for config in self.configs.values():
-            SelfPlay(config).refuse_changes()
+            with storage.disk_errors(config.output_dir):
+                SelfPlay(config).refuse_changes()
         results: list[RunResult] = []
         for (name, seed), config in self.configs.items():
             logger.info("arm %s, seed %d", name, seed)

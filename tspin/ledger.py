@@ -19,7 +19,8 @@ class Ledger:
     """state.json of a run directory.
 
     done: for each finished stage, the paths that it wrote, relative to the directory, with their hashes.
-    origin: what the stages of this process stem from (config, data, processes), as JSON; entered with each of them.
+    origin: what the stages to come stem from (config, data, processes), as JSON, entered with each of them: that of the process
+        that began last; empty where an older state.json does not say.
     """
 
     def __init__(self, directory: Path):
@@ -27,13 +28,17 @@ class Ledger:
         self.done: dict[str, dict[str, str | None]] = {}
         self.origin: dict[str, Any] = {}
         self._origins: list[dict[str, Any]] = []
-        # Index of each stage's origin, the stage entered last at the end.
+        # Index of each stage's origin.
         self._origin_of: dict[str, int] = {}
 
-    def begin(self) -> None:
-        """Write an empty one where there is none."""
-        if not self.path.exists():
-            storage.write_record(self.path, {"done": {}})
+    def begin(self, origin: dict[str, Any]) -> None:
+        """Bind the directory to an origin, before any stage is done with it."""
+        if self.path.exists():
+            self.read()
+        if self.origin != origin:
+            self.origin = origin
+            self._origins += [origin] if origin not in self._origins else []
+            self._write()
 
     def read(self) -> None:
         """Take over what the main process has written. Raises ValueError where the file is damaged."""
@@ -41,14 +46,15 @@ class Ledger:
         # An older state.json has no origins.
         self.done, self._origins = record["done"], record.get("origins", [])
         self._origin_of = record.get("origin_of", {})
+        self.origin = self._origins[record["origin"]] if "origin" in record else {}
+
+    def _write(self) -> None:
+        record = {"done": self.done, "origins": self._origins, "origin_of": self._origin_of}
+        storage.write_record(self.path, {**record, "origin": self._origins.index(self.origin)})
 
     def origin_of(self, name: str) -> dict[str, Any] | None:
         """What a finished stage stems from; None where that is not known."""
         return self._origins[self._origin_of[name]] if name in self._origin_of else None
-
-    def last_origin(self) -> dict[str, Any] | None:
-        """What the stage that was finished last stems from."""
-        return self.origin_of(next(reversed(self._origin_of), ""))
 
     def holds(self, name: str, *paths: Path) -> bool:
         """Whether the stage is done, wrote these paths and no others, and they are what it wrote."""
@@ -69,13 +75,9 @@ class Ledger:
         made = self.hashes(*paths)
         if self.done.get(name, made) != made:
             logger.warning("%s came out with other bits than before; what later stages made stems from those", name)
-        if self.origin not in self._origins:
-            self._origins = [*self._origins, self.origin]
-        numbers = {stage: number for stage, number in self._origin_of.items() if stage != name}
-        self._origin_of = {**numbers, name: self._origins.index(self.origin)}
+        self._origin_of = {**self._origin_of, name: self._origins.index(self.origin)}
         self.done = {**self.done, name: made}
-        record = {"done": self.done, "origins": self._origins, "origin_of": self._origin_of}
-        storage.write_record(self.path, record)
+        self._write()
 
     def name_damage(self) -> None:
         """Name what was altered and is not made again, because nothing reads it any more."""

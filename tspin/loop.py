@@ -94,7 +94,7 @@ class SelfPlay:
         self.autocast = first.autocast_dtype
         state = PartialState()
         self.is_main, self.rank, self.world = state.is_main_process, state.process_index, state.num_processes
-        with storage.run_lock(self.directory, self.rank), storage.disk_errors(self.directory):
+        with storage.run_lock(self.directory, self.rank):
             self._open()
             self._survey()
             log = self.directory / "server.log"
@@ -177,6 +177,9 @@ class SelfPlay:
             self.exported[t] = passed or self.ledger.holds(f"{name}/model", here / "model")
             whole = not self.exported[t] and f"{name}/train" in self.ledger.done and self._checkpoints(t).final()
             self.trained[t] = later = self.exported[t] or bool(whole)
+            # Nothing is left to make it again from but a whole training, and what is there may be the user's.
+            if not later and f"{name}/model" in self.ledger.done and (here / "model").exists():
+                raise self._altered(t)
 
     def _checkpoints(self, t: int) -> Checkpoints:
         """Those of an iteration; once it is trained, only those of that training count."""
@@ -236,24 +239,24 @@ class SelfPlay:
 
     def refuse_changes(self) -> None:
         """ValueError where the directory belongs to another config and `allow_config_change` is not set."""
-        path = self.directory / "config.yaml"
-        if self.config.allow_config_change or not (path.exists() or self.ledger.path.exists()):
+        if self.config.allow_config_change:
             return
-        origin = None
-        if not path.exists():
-            lost, path = path, self.ledger.path
+        if self.ledger.path.exists():
             self.ledger.read()
-            origin = self.ledger.last_origin()
-            if self.ledger.done and origin is None:
+        # Not what config.yaml says: this config may have been read from it, after an edit.
+        origin, path = self.ledger.origin, self.directory / "config.yaml"
+        if origin:
+            path = self.ledger.path
+        elif not path.exists():
+            if self.ledger.done:
                 logger.warning(
                     "%s is missing, and %s, of an older version, does not say by which config its stages were made: they are "
                     "taken for those of this one; restore the file if they are not",
-                    *(lost, path),
+                    *(path, self.ledger.path),
                 )
-            if origin is None:
-                return
+            return
         try:
-            known = SelfPlayConfig.from_file(path) if origin is None else SelfPlayConfig.from_dict(origin["config"])
+            known = SelfPlayConfig.from_dict(origin["config"]) if origin else SelfPlayConfig.from_file(path)
         except ValueError as error:
             raise ValueError(
                 f"{path} is damaged ({error}); restore it, or delete {path}, and the same command writes it anew"
@@ -279,7 +282,6 @@ class SelfPlay:
             self.examples, _ = load_examples(config, self.tokenizer)
             self.held_out = load_examples(config, self.tokenizer, split="eval")[0] if config.eval_dataset else []
         data = {"rows": len(self.examples), "sha256": _examples_hash(self.examples)}
-        self.ledger.origin = {"config": config.to_dict(), "data": data, "processes": self.world}
         if self.is_main:
             storage.remove_partial(self.directory)
             record = {
@@ -293,7 +295,7 @@ class SelfPlay:
                 "eval_data": {"rows": len(self.held_out), "sha256": _examples_hash(self.held_out)},
             }
             storage.bind(record_path, record, allow_change=config.allow_config_change)
-            self.ledger.begin()
+            self.ledger.begin({"config": config.to_dict(), "data": data, "processes": self.world})
             draft = self.directory / ".config.yaml.tmp"
             config.save(draft)
             storage.write_atomic(path, draft.read_bytes())
@@ -318,12 +320,17 @@ class SelfPlay:
     def _read(self, t: int, whole: bool = False) -> PreTrainedModel:
         path = self._at(t - 1) / "model"
         if t > 0 and not self.ledger.holds(f"{self._at(t - 1).name}/model", path):
-            raise ValueError(
-                f"{path} is missing or altered; restore it, or delete {self._at(t - 1)} and all later iterations, "
-                "and the same command makes them again"
-            )
+            raise self._altered(t - 1)
         device, named = cast(torch.device, PartialState().device), None if t == 0 else str(path)
         return model_of(self.config, named, revision=self.revision, whole=whole, device=device)
+
+    def _altered(self, t: int) -> ValueError:
+        """The error of a policy that is not what iteration t made."""
+        here = self._at(t)
+        return ValueError(
+            f"{here / 'model'} is missing or altered; restore it and take out what was added to it, or delete {here} and all "
+            "later iterations, and the same command makes them again"
+        )
 
     def _weights(self, t: int) -> str:
         """The directory of pi_t."""

@@ -28,9 +28,11 @@ logger = logging.getLogger(__name__)
 
 _REQUEST_KEY = b"tspin.request"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_UNUSABLE = (errno.EROFS, errno.ENAMETOOLONG, errno.EFBIG, errno.EIO, errno.ESTALE)
+_NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _SCARCE_BYTES = 1 << 20
 _SEAL = "complete.json"
-_CARD = ("README.md", ".README.md.tmp")
+_CARD = "README.md"
 
 
 def _temporary(path: Path) -> Path:
@@ -41,6 +43,10 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network and FUSE file systems sync files, but no directories.
+        if not path.is_dir() or error.errno not in _NOT_OFFERED:
+            raise
     finally:
         os.close(descriptor)
 
@@ -59,10 +65,12 @@ def is_full(error: Exception, path: str | os.PathLike) -> bool:
 
 @contextlib.contextmanager
 def disk_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Turn a full disk met while writing below `path` into a `ValueError` that says so and what to do."""
+    """Turn a full or unusable disk met while writing below `path` into a `ValueError` that says so and what to do."""
     try:
         yield
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _UNUSABLE:
+            raise ValueError(f"cannot use {path}: {error}; choose another output_dir, on a writable disk") from error
         # A ValueError has been through here, nearer to the file.
         if isinstance(error, ValueError) or not is_full(error, path):
             raise
@@ -76,21 +84,22 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     """Write `data` to `path` so that a reader sees the old file or the new one, never a part; parents are created.
 
     Raises:
-        ValueError: no space is left; the old file is untouched and no temporary file stays.
+        ValueError: no space is left, or the disk is unusable; the old file is untouched and no temporary file stays.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
-    try:
-        with disk_errors(path), open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, path)
-    _sync(path.parent)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -162,16 +171,16 @@ def staged_directory(final: str | os.PathLike) -> Iterator[Path]:
     """An empty directory to fill; it takes the name `final`, replacing what stood there, when the block ends well."""
     final = Path(final)
     staged = _temporary(final)
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
     with disk_errors(final):
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
         yield staged
         for path in staged.rglob("*"):
             if path.is_file():
                 _sync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(staged, final)
-    _sync(final.parent)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(staged, final)
+        _sync(final.parent)
 
 
 def remove_partial(directory: str | os.PathLike, name: str = "*") -> None:
@@ -244,11 +253,13 @@ def fingerprint(
 def content_hash(path: str | os.PathLike) -> str | None:
     """SHA-256 of a file, or of the names and hashes of all files below a directory; None where there is nothing.
 
-    A directory's card, its README.md, does not count: it tells what came after, as evaluations do.
+    A directory's card, its README.md, does not count: it tells what came after, as evaluations do. Nor do hidden files, which
+    file browsers and network disks leave.
     """
     path = Path(path)
     if path.is_dir():
-        return hash_json({name: digest for name, digest in _tree_hashes(path).items() if name not in _CARD})
+        files = _tree_hashes(path).items()
+        return hash_json({name: digest for name, digest in files if name != _CARD and "/." not in f"/{name}"})
     return sha256(path) if path.exists() else None
 
 
@@ -354,30 +365,31 @@ def run_lock(directory: str | os.PathLike, process_index: int = 0) -> Iterator[N
     A POSIX record lock, so that a forked data loader worker that outlives the process does not keep it.
 
     Raises:
-        ValueError: another process holds it; its id is named.
+        ValueError: another process holds it; its id is named. Or, here and within, as `disk_errors`.
     """
     directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(
-            f"output_dir: want a directory, got {directory}, which is a file or in one; choose another"
-        ) from error
-    path = directory / (".lock" if process_index == 0 else f".lock-{process_index}")
-    with open(path, "a+") as file:
+    with disk_errors(directory):
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(
-                    f"cannot lock {path}: {error}; choose an output_dir on a disk that has locks"
-                ) from error
-            file.seek(0)
+            directory.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
             raise ValueError(
-                f"output_dir {directory} is in use by process {file.read().strip() or 'unknown'}; "
-                "wait for it or stop it, or choose another output_dir"
+                f"output_dir: want a directory, got {directory}, which is a file or in one; choose another"
             ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+        path = directory / (".lock" if process_index == 0 else f".lock-{process_index}")
+        with open(path, "a+") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise ValueError(
+                        f"cannot lock {path}: {error}; choose an output_dir on a disk that has locks"
+                    ) from error
+                file.seek(0)
+                raise ValueError(
+                    f"output_dir {directory} is in use by process {file.read().strip() or 'unknown'}; "
+                    "wait for it or stop it, or choose another output_dir"
+                ) from error
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield

@@ -130,6 +130,11 @@ def test_a_changed_config_is_refused_before_anything_is_run(compared, toy, tmp_p
     assert not (directory / "tspin_no_history_seed_0").exists()
 
 
+def test_a_name_too_long_for_the_disk_is_named(toy, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot use .*File name too long.*; choose another output_dir"):
+        Comparison(values_of(toy, tmp_path / ("x" * 300)), [Arm("tspin")], [0]).run()
+
+
 def test_arms_from_words_and_from_a_file(toy, tmp_path):
     assert Arm.from_text("tspin") == Arm("tspin", {"method": "tspin"})
     arm = Arm.from_text("fast:method=spin,learning_rate=[1e-5,3e-6], lam=1")

@@ -344,9 +344,28 @@ def test_an_altered_policy_is_never_loaded(finished, toy, tmp_path):
     path = directory / "iter_00" / "model" / "config.json"
     path.write_text(path.read_text() + " ")
     with pytest.raises(
-        ValueError, match=r"iter_00/model is missing or altered; restore it, or delete .*iter_00 and all"
+        ValueError, match=r"iter_00/model is missing or altered; restore it .*, or delete .*iter_00 and all"
     ):
         play._load(1)
+
+
+def test_a_finished_policy_is_not_trained_again_for_files_laid_beside_it(finished, toy, tmp_path):
+    """Where its checkpoints, which are scratch, are gone too."""
+    result, directory = finished("tspin"), copy_of(finished("tspin"), tmp_path)
+    model, play = directory / "iter_00" / "model", SelfPlay(toy_config(toy, directory, method="tspin"))
+    shutil.rmtree(directory / "iter_00" / "checkpoints")
+    shutil.rmtree(directory / "iter_01")
+    for name in (".DS_Store", ".cache/huggingface/lock"):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text("hidden")
+    (model / "LICENSE").write_text("mine")
+    with pytest.raises(ValueError, match=r"iter_00/model is missing or altered; restore it and take out"):
+        play.run()
+    assert (model / "LICENSE").read_text() == "mine" and not (directory / "iter_01").exists()
+    (model / "LICENSE").unlink()
+    weights = (model / "model.safetensors").stat().st_mtime_ns
+    assert play.run().model_hash == result.model_hash
+    assert (model / "model.safetensors").stat().st_mtime_ns == weights and (model / ".DS_Store").exists()
 
 
 def test_a_changed_config_is_refused_with_the_difference(finished, toy, tmp_path):
@@ -359,19 +378,43 @@ def test_a_changed_config_is_refused_with_the_difference(finished, toy, tmp_path
     assert SelfPlayConfig.from_file(directory / "config.yaml").iterations == 3
 
 
-def test_a_changed_config_is_refused_where_config_yaml_is_gone(finished, toy, tmp_path, caplog):
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_changed_config_is_refused_where_config_yaml_is_gone_or_holds_the_change(finished, toy, tmp_path, lost):
     directory = copy_of(finished("tspin"), tmp_path)
-    (directory / "config.yaml").unlink()
     shutil.rmtree(directory / "iter_01")
+    changed = toy_config(toy, directory, method="tspin", learning_rate=2e-3)
+    (directory / "config.yaml").unlink() if lost else changed.save(directory / "config.yaml")
     with pytest.raises(
         ValueError, match=r"another config \(state.json: learning_rate: 0.001 -> 0.002\); undo the change"
     ):
-        SelfPlay(toy_config(toy, directory, method="tspin", learning_rate=2e-3)).run()
-    SelfPlay(toy_config(toy, directory, method="tspin")).refuse_changes()
-    assert "is missing" not in caplog.text
+        SelfPlay(changed).run()
+    assert SelfPlay(toy_config(toy, directory, method="tspin")).run().model_hash == finished("tspin").model_hash
+
+
+def test_an_allowed_change_binds_the_directory_before_any_stage_is_done(finished, toy, tmp_path, monkeypatch):
+    directory, changes = copy_of(finished("tspin"), tmp_path), {"method": "tspin", "learning_rate": 2e-3}
+    shutil.rmtree(directory / "iter_01")
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SelfPlay, "_survey", stop)
+        SelfPlay(toy_config(toy, directory, **changes, allow_config_change=True)).run()
+    SelfPlay(toy_config(toy, directory, **changes)).refuse_changes()
+    with pytest.raises(ValueError, match=r"another config \(state.json: learning_rate: 0.002 -> 0.001\)"):
+        SelfPlay(toy_config(toy, directory, method="tspin")).run()
+
+
+def test_a_directory_of_an_older_version_is_bound_by_its_config_yaml(finished, toy, tmp_path, caplog):
+    directory = copy_of(finished("tspin"), tmp_path)
     done = storage.read_record(directory / "state.json")["done"]
     storage.write_record(directory / "state.json", {"done": done})
-    SelfPlay(toy_config(toy, directory, method="tspin", learning_rate=2e-3)).refuse_changes()
+    changed = SelfPlay(toy_config(toy, directory, method="tspin", learning_rate=2e-3))
+    with pytest.raises(ValueError, match=r"another config \(config.yaml: learning_rate: 0.001 -> 0.002\)"):
+        changed.refuse_changes()
+    (directory / "config.yaml").unlink()
+    changed.refuse_changes()
     assert "config.yaml is missing, and " in caplog.text and "does not say by which config" in caplog.text
 
 

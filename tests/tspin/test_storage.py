@@ -3,8 +3,10 @@
 import errno
 import io
 import os
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -58,7 +60,7 @@ def test_a_full_disk_is_a_clear_error_and_keeps_the_old_file(tmp_path, monkeypat
         (Exception("I/O error: No space left on device (os error 28)"), False, True),
         (RuntimeError("PytorchStreamWriter failed writing file"), True, True),
         (RuntimeError("PytorchStreamWriter failed writing file"), False, False),
-        (OSError(errno.EIO, "broken"), False, False),
+        (OSError(errno.ECONNRESET, "broken"), False, False),
         (ValueError("other"), True, False),
     ],
 )
@@ -71,6 +73,51 @@ def test_disk_errors_tells_a_full_disk_from_other_faults(tmp_path, monkeypatch, 
     ):
         raise error
     assert ("no space left on the device" in str(caught.value)) == full
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.ENAMETOOLONG, errno.EIO, errno.EFBIG, errno.ESTALE])
+def test_a_disk_that_cannot_be_written_is_named_with_a_remedy(tmp_path, monkeypatch, code):
+    def refuse(*args, **kwargs):
+        raise OSError(code, os.strerror(code), "there")
+
+    remedy = f"cannot use {tmp_path}.*{os.strerror(code)}: 'there'; choose another output_dir, on a writable disk"
+    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "mkdir")):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=remedy):
+            patch.setattr(owner, name, refuse)
+            storage.write_atomic(tmp_path / "new" / "file", b"new")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=remedy), storage.run_lock(tmp_path / "run"):
+        patch.setattr(os, "fsync", refuse)
+        os.fsync(0)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=remedy):
+        patch.setattr(Path, "mkdir", refuse)
+        with storage.run_lock(tmp_path / "run"):
+            pass
+
+
+def test_a_name_too_long_for_the_disk_is_named(tmp_path):
+    error = pytest.raises(ValueError, match=r"cannot use .*File name too long.*; choose another output_dir")
+    with error, storage.run_lock(tmp_path / ("x" * 300)):
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_disk_that_cannot_sync_directories_will_do_but_one_that_fails_to_will_not(tmp_path, monkeypatch, code):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    storage.write_atomic(tmp_path / "file", b"new")
+    with storage.staged_directory(tmp_path / "model") as staged:
+        (staged / "weights").write_bytes(b"whole")
+    storage.seal(tmp_path / "model")
+    assert storage.read_seal(tmp_path / "model") and (tmp_path / "file").read_bytes() == b"new"
+    code = errno.EIO
+    with pytest.raises(ValueError, match=r"cannot use .*file: .*error"):
+        storage.write_atomic(tmp_path / "file", b"newer")
 
 
 def test_a_shard_comes_back_and_replaces_earlier_ones(tmp_path):
@@ -185,6 +232,17 @@ def test_hashes_are_those_of_sha256(tmp_path):
     (tmp_path / "file").write_bytes(b"abc" * (1 << 19))
     assert storage.sha256(tmp_path / "file") == __import__("hashlib").sha256(b"abc" * (1 << 19)).hexdigest()
     assert storage.hash_json({"b": 1, "a": 2}) == storage.hash_json({"a": 2, "b": 1}) != storage.hash_json({"a": 2})
+
+
+@pytest.mark.parametrize(
+    "name, counts", [("sub/b", True), (".DS_Store", False), (".cache/b", False), ("README.md", False)]
+)
+def test_the_hash_of_a_directory_is_of_what_a_program_reads_in_it(tmp_path, name, counts):
+    (tmp_path / "a").write_text("a")
+    before = storage.content_hash(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("b")
+    assert (storage.content_hash(tmp_path) != before) == counts
 
 
 def test_parquet_is_written_whole(tmp_path):
