@@ -91,6 +91,8 @@ def _check_training(config: SelfPlayConfig, *, gpu: bool) -> tuple[Any, str]:
     # Arguments meant for a GPU that this machine lacks are refused, unless the CPU is chosen outright.
     elsewhere = {"use_cpu": True} if gpu and not torch.cuda.is_available() else {}
     iterations = [training_args_of(config, t, **elsewhere) for t in range(config.iterations)]
+    for args in iterations:
+        args.rehearse()
     texts = [f"{a.method}, beta {a.beta_at(t):g}, lr {a.learning_rate:g}" for t, a in enumerate(iterations)]
     return iterations, "; ".join(f"iteration {t}: {text}" for t, text in enumerate(texts))
 
