@@ -91,8 +91,9 @@ def _check_training(config: SelfPlayConfig, *, gpu: bool) -> tuple[Any, str]:
     # Arguments meant for a GPU that this machine lacks are refused, unless the CPU is chosen outright.
     elsewhere = {"use_cpu": True} if gpu and not torch.cuda.is_available() else {}
     iterations = [training_args_of(config, t, **elsewhere) for t in range(config.iterations)]
-    if gpu:
-        for t, args in enumerate(iterations):
+    for t, args in enumerate(iterations):
+        args.rehearse()
+        if gpu:
             # The default on a GPU, which may not be this machine's.
             args.bf16 = args.bf16 or (not args.fp16 and config.training_at(t).get("bf16") is None)
     texts = [f"{a.method}, beta {a.beta_at(t):g}, lr {a.learning_rate:g}" for t, a in enumerate(iterations)]

@@ -263,6 +263,7 @@ def _train(args: argparse.Namespace, words: list[str]) -> None:
         raise ValueError(f"--triplets: want a whole parquet file, got {args.triplets}: {error}") from error
     tokenizer, final = tokenizer_of(config), Path(config.output_dir) / "model"
     training_args = training_args_of(config, args.iteration)
+    training_args.rehearse()
     state: Any = PartialState()
     with run_lock(config.output_dir, state.process_index):
         trainer = TSPINTrainer(

@@ -34,6 +34,7 @@ _OWNED_BY_THE_LOOP = {
     "do_train": "`tspin train` trains",
     "do_eval": "set `eval_dataset` instead",
     "eval_strategy": "set `eval_dataset` instead: the loop evaluates after each iteration",
+    "eval_on_start": "set `eval_dataset` instead: the loop evaluates before the first iteration too",
     "load_best_model_at_end": "each iteration hands on its last weights",
     "remove_unused_columns": "the collator picks its columns itself",
     "label_names": "batches carry no labels",

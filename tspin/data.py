@@ -100,7 +100,8 @@ def load_examples(
     if name is None:
         raise ValueError("eval_dataset: want a path or hub name of held-out rows, got null; set --eval_dataset")
     named, key = (config.dataset_split, "dataset") if training else (config.eval_split, "eval_dataset")
-    source = read_rows(name, config.dataset_config, named, key)
+    columns = (config.prompt_column, config.response_column, config.choices_column)
+    source = read_rows(name, config.dataset_config, named, key, columns)
     source = islice(source, config.max_rows if training else config.eval_rows)
     encode = Encoder(tokenizer, config.prompt_template, end_token_ids(config, tokenizer))
     max_length = config.training_value("max_length")

@@ -90,12 +90,20 @@ class SelfPlay:
         # A bar for each loading of weights would bury those that matter.
         disable_progress_bar()
         # TrainingArguments choose the device and start the process group; those of every iteration, to refuse bad values now.
-        first, *_ = [self._training_args(t) for t in range(self.config.iterations)]
-        self.autocast = first.autocast_dtype
+        training = [self._training_args(t) for t in range(self.config.iterations)]
+        self.autocast = training[0].autocast_dtype
         state = PartialState()
         self.is_main, self.rank, self.world = state.is_main_process, state.process_index, state.num_processes
+        for args in training:
+            args.rehearse()
+            if args.fsdp and self.world == 1:
+                raise ValueError(
+                    "fsdp: want several processes, got one; start them with accelerate launch, or leave fsdp out"
+                )
         with storage.run_lock(self.directory, self.rank):
             self._open()
+            for t, args in enumerate(training):
+                args.check_rows(len(self.examples) * (2 if args.spin_mix_previous and t > 0 else 1))
             self._survey()
             log = self.directory / "server.log"
             self.samplers = Samplers(self.config, self.tokenizer, self._read, self._weights, log, self.autocast)

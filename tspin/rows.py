@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _SPLIT_NAMES = "train|test|validation|valid|val|dev|eval"
+_COLUMNS = ("prompt", "response", "completion", "chosen", "messages", "real")
 _LAYOUTS = "prompt with response, completion or chosen; messages; real; or --prompt_column and --response_column"
 
 
@@ -26,11 +27,12 @@ class BadRow(ValueError):
 
 
 def read_rows(
-    name: str, config_name: str | None, split: str, key: str = "dataset"
+    name: str, config_name: str | None, split: str, key: str = "dataset", columns: Collection[str | None] = ()
 ) -> Iterator[tuple[str, Mapping | BadRow]]:
     """The rows of a file, of a directory's files of one split, or of a hub data set, each with the place it lies at.
 
     A row that cannot be parsed comes as a BadRow, so that the rows after it keep their numbers. key: what errors call the source.
+    columns: wanted beside those of the known layouts. What a parquet file has besides is null: Python need not be able to hold it.
     """
     path = Path(os.path.expanduser(name))
     if path.is_dir():
@@ -45,7 +47,8 @@ def read_rows(
             raise FileNotFoundError(f"{key}: want a file, directory or hub name, got {file}, which does not exist")
         if file.suffix not in _SUFFIXES:
             raise ValueError(f"{key}: want a file that ends in {', '.join(_SUFFIXES)}, got {file}; convert it")
-        yield from (_parquet_rows(file, key) if file.suffix == ".parquet" else _json_rows(file, key))
+        wanted = [*_COLUMNS, *filter(None, columns)]
+        yield from (_parquet_rows(file, key, wanted) if file.suffix == ".parquet" else _json_rows(file, key))
 
 
 def _split_files(directory: Path, split: str, key: str) -> list[Path]:
@@ -83,15 +86,29 @@ def _json_rows(file: Path, key: str) -> Iterator[tuple[str, Mapping | BadRow]]:
                 yield f"{file}, line {number}", record
 
 
-def _parquet_rows(file: Path, key: str) -> Iterator[tuple[str, Mapping]]:
+def _parquet_rows(file: Path, key: str, wanted: list[str]) -> Iterator[tuple[str, Mapping]]:
     number = 0
     try:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
+        parquet = pq.ParquetFile(file)
+        unread = dict.fromkeys(parquet.schema_arrow.names)
+        for batch in parquet.iter_batches(batch_size=1024, columns=wanted):
+            columns = {
+                name: _values(name, column, file, key) for name, column in zip(batch.schema.names, batch.columns)
+            }
+            for i in range(batch.num_rows):
                 number += 1
-                yield f"{file}, row {number}", record
+                yield f"{file}, row {number}", unread | {name: values[i] for name, values in columns.items()}
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{key}: {file} is not a whole parquet file: {error}; is it cut short?") from None
+
+
+def _values(name: str, column: pa.Array, file: Path, key: str) -> list:
+    try:
+        return column.to_pylist()
+    except Exception as error:  # a year, a time zone or a text that Python does not know
+        raise ValueError(
+            f"{key}: column {name!r} of {file}: want values that Python can hold, got {column.type}: {error}; convert it"
+        ) from error
 
 
 def _hub_rows(name: str, config_name: str | None, split: str, key: str) -> Iterator[tuple[str, Any]]:

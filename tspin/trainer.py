@@ -166,6 +166,8 @@ class TSPINTrainer(Trainer):
             _with_ids(dataset, args, self.members, processing_class, vocabulary_size(causal_lm(model)))
             for dataset in (train_dataset, eval_dataset)
         )
+        if train_dataset is not None:
+            args.check_rows(len(train_dataset))
         super().__init__(
             *(model, args, data_collator, train_dataset, eval_dataset, processing_class),  # type: ignore
             callbacks=callbacks,

@@ -1,18 +1,25 @@
 """TSPINConfig: transformers' TrainingArguments with the keys of self-play fine-tuning, checked before anything is loaded."""
 
+import copy
 import importlib.util
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
-from transformers import TrainingArguments
+from torch.utils.checkpoint import checkpoint
+from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_available_reporting_integrations
-from transformers.utils.import_utils import is_torch_bf16_gpu_available
+from transformers.utils.import_utils import is_liger_kernel_available, is_torch_bf16_gpu_available
 
 from tspin.data import MEMBERS
 
+_SWITCHES = ("fused", "prefix_sharing", "sequence_tiling", "sequential_backward")
+_POSITIVE = ("alpha", "lam", "max_length")
 _LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+_LEAST |= dict.fromkeys(("beta", "beta_first_iteration", "sft_coef", "learning_rate", "warmup_steps"), 0)
 _LEAST |= {"dataloader_num_workers": 0}
 _OF_BITSANDBYTES = re.compile(r"^(?!adamw_torch).*(8bit|32bit|bnb|ademamix)")
 
@@ -83,25 +90,34 @@ class TSPINConfig(TrainingArguments):
 
     def __post_init__(self):
         # YAML 1.1 reads on and off as booleans.
-        switches = ("fused", "prefix_sharing", "sequence_tiling", "sequential_backward")
-        for name in switches:
+        for name in _SWITCHES:
             if isinstance(getattr(self, name), bool):
                 setattr(self, name, "on" if getattr(self, name) else "off")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        self._check_values()
+        super().__post_init__()
+        self._check_loading()
+        self._check_packages()
+
+    def _check_values(self) -> None:
         hints = get_type_hints(TSPINConfig)
-        for name in ("method", "loss_type", "logp_reduction", *switches):
+        for name in ("method", "loss_type", "logp_reduction", *_SWITCHES):
             if getattr(self, name) not in get_args(hints[name]):
                 raise ValueError(f"{name}: want one of {get_args(hints[name])}, got {getattr(self, name)!r}")
-        for name in ("alpha", "lam", "max_length", "beta", "beta_first_iteration", "sft_coef"):
-            value, may_be_zero = getattr(self, name), name.startswith(("beta", "sft"))
-            if not (value > 0 or (may_be_zero and value == 0)):
-                raise ValueError(f"{name}: want a {'non-negative' if may_be_zero else 'positive'} number, got {value}")
+        for name in (*_POSITIVE, *_LEAST, "entropy_coef"):
+            if not abs(value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}: want a finite number, got {value}")
+        for name in _POSITIVE:
+            if not (value := getattr(self, name)) > 0:
+                raise ValueError(f"{name}: want a positive number, got {value}")
         for name, least in _LEAST.items():
             if not (value := getattr(self, name)) >= least:
                 raise ValueError(f"{name}: want {least} or more, got {value}")
-        if self.max_steps <= 0 and not self.num_train_epochs > 0:
-            raise ValueError(f"num_train_epochs: want more than 0 without max_steps, got {self.num_train_epochs}")
+        if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(
+                f"num_train_epochs: want a finite number above 0 without max_steps, got {self.num_train_epochs}"
+            )
         if self.save_strategy == "best" and self.eval_strategy == "no":
             raise ValueError("save_strategy: want no, steps or epoch where no eval_strategy tells the best, got 'best'")
         if self.label_smoothing_factor:
@@ -109,7 +125,20 @@ class TSPINConfig(TrainingArguments):
                 f"label_smoothing_factor: want 0, got {self.label_smoothing_factor}; the loss compares whole responses and has no "
                 "smoothing, sft_coef and entropy_coef are what it has"
             )
-        super().__post_init__()
+
+    def _check_loading(self) -> None:
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy: want random or sequential, got {self.train_sampling_strategy!r}, which goes by the "
+                "length of a row, and a triplet has several"
+            )
+        accelerator: Any = self.accelerator_config
+        if accelerator.dispatch_batches:
+            raise ValueError(
+                "accelerator_config: want dispatch_batches false, got true; a batch of triplets cannot be cut by its rows"
+            )
+
+    def _check_packages(self) -> None:
         # Now, not when the first trainer is made, which in a run is after hours of sampling.
         if absent := set(self.report_to or ()) - {*get_available_reporting_integrations(), "all"}:
             package = "'tspin[tensorboard]'" if absent == {"tensorboard"} else f"the packages of {sorted(absent)}"
@@ -120,6 +149,10 @@ class TSPINConfig(TrainingArguments):
         if _OF_BITSANDBYTES.search(optimizer) and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError(
                 f"optim: {optimizer!r} wants the package bitsandbytes, which is missing; pip install 'tspin[quantization]'"
+            )
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ValueError(
+                "use_liger_kernel: want the package liger-kernel, which is missing; pip install liger-kernel"
             )
 
     @property
@@ -141,3 +174,63 @@ class TSPINConfig(TrainingArguments):
     def members_at(self, iteration: int) -> tuple[str, ...]:
         """Responses that an iteration scores: the proto response only where its coefficient is not 0."""
         return MEMBERS[: 1 if self.method == "sft" else 3 if self.beta_at(iteration) else 2]
+
+    def rehearse(self) -> None:
+        """Make what transformers makes when a training starts, and refuses only then, for a weight of one number.
+
+        Raises:
+            ValueError: optimizer, schedule, checkpointing of activations or compilation cannot be made; it names the keys.
+        """
+        trials: dict[tuple[str, ...], Callable[[], None]] = {
+            ("optim", "optim_args"): self._make_optimizer,
+            ("lr_scheduler_type", "lr_scheduler_kwargs"): self._make_schedule,
+        }
+        if self.gradient_checkpointing:
+            trials[("gradient_checkpointing_kwargs",)] = self._checkpoint
+        if self.torch_compile:
+            trials[("torch_compile_backend", "torch_compile_mode")] = self._compile
+        for keys, make in trials.items():
+            try:
+                make()
+            except Exception as error:  # of any package's own code
+                given = ", ".join(f"{key}: {getattr(value := getattr(self, key), 'value', value)!r}" for key in keys)
+                raise ValueError(
+                    f"{given} would stop the training at its start: {' '.join(str(error).split())}"
+                ) from error
+
+    def _make_optimizer(self) -> None:
+        from transformers import Trainer
+
+        # Without its random numbers, which a run may have taken up.
+        model: Any = torch.nn.Sequential(torch.nn.utils.skip_init(torch.nn.Linear, 1, 1))
+        args = copy.copy(self)
+        # Names of layers that the model here has not got.
+        args.optim_target_modules = self.optim_target_modules and "all-linear"
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if optimizer.__module__.startswith("torch.optim."):
+            optimizer(model.parameters(), **options)
+
+    def _make_schedule(self) -> None:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], self.learning_rate)
+        # Its first step lies behind the warm-up.
+        options: Any = self.lr_scheduler_kwargs
+        get_scheduler(self.lr_scheduler_type, optimizer, 0, 1000, options)
+
+    def _checkpoint(self) -> None:
+        given: Any = self.gradient_checkpointing_kwargs or {}
+        # As transformers does: two are its own, and of none that are left it makes this one.
+        options = {key: value for key, value in given.items() if key not in ("every_n_layers", "offload")}
+        checkpoint(torch.neg, torch.zeros(1, requires_grad=True), **options or {"use_reentrant": False})
+
+    def _compile(self) -> None:
+        torch.compile(torch.neg, backend=self.torch_compile_backend or "inductor", mode=self.torch_compile_mode)
+
+    def check_rows(self, rows: int) -> None:
+        """Raise ValueError where `dataloader_drop_last` leaves no batch of so many rows."""
+        accelerator: Any = self.accelerator_config
+        batch = self.per_device_train_batch_size * (1 if accelerator.split_batches else self.world_size)
+        if self.dataloader_drop_last and rows < batch:
+            raise ValueError(
+                f"dataloader_drop_last: want the {batch} rows or more of one batch over all processes, got {rows}; set it to "
+                "false, or lower per_device_train_batch_size"
+            )

@@ -260,7 +260,7 @@ def test_yaml_numbers_without_a_dot_and_words_that_1_1_takes_for_booleans(tmp_pa
         ({"hub_token": "secret"}, ["hub_token", "may not be set"]),
         *(
             ({key: 1}, [key, "may not be set"])
-            for key in ("data_seed", "run_name", "resume_from_checkpoint", "do_train")
+            for key in ("data_seed", "run_name", "resume_from_checkpoint", "do_train", "eval_on_start")
         ),
     ],
 )

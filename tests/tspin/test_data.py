@@ -387,6 +387,33 @@ def test_held_out_rows_that_cannot_be_read_blame_their_own_key(tmp_path):
                 load_examples(config, TOKENIZER, split="train" if key == "dataset" else "eval")
 
 
+@pytest.mark.parametrize(
+    "kind", [pa.timestamp("s"), pa.timestamp("us", "Mars/Olympus"), pa.date32(), pa.duration("s")], ids=str
+)
+def test_values_that_python_cannot_hold_are_refused_only_in_columns_that_are_used(tmp_path, kind):
+    width, path = (32 if kind == pa.date32() else 64), tmp_path / "rows.parquet"
+    odd = pa.array([2**31 - 1 if width == 32 else 10**15] * 2, f"int{width}").view(kind)
+    pq.write_table(pa.table({"prompt": ["p", "q"], "response": ["r", "s"], "made": odd}), path)
+    examples, _ = load_examples(config_for(path), TOKENIZER)
+    assert [(e.row, e.response) for e in examples] == [(0, "r"), (1, "s")]
+    with pytest.raises(
+        BadRow, match=r"row 1: column 'absent' is missing; got columns \['made', 'prompt', 'response'\]"
+    ):
+        load_examples(config_for(path, response_column="absent"), TOKENIZER)
+    with pytest.raises(
+        ValueError, match=r"^dataset: column 'made' of .*rows.parquet: want values that Python can hold"
+    ):
+        load_examples(config_for(path, response_column="made"), TOKENIZER)
+
+
+def test_a_file_without_a_column_of_use_says_what_it_has(tmp_path):
+    pq.write_table(pa.table({"question": ["p"], "solution": ["r"]}), tmp_path / "rows.parquet")
+    with pytest.raises(BadRow, match=r"row 1: .* is missing; got columns \['question', 'solution'\]"):
+        load_examples(config_for(tmp_path / "rows.parquet"), TOKENIZER)
+    config = config_for(tmp_path / "rows.parquet", prompt_column="question", response_column="solution")
+    assert load_examples(config, TOKENIZER)[0][0].response == "r"
+
+
 def test_other_kinds_of_file_are_refused_and_a_byte_order_mark_is_not(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("a,b")

@@ -103,16 +103,32 @@ COLUMNS = ["prompt", "response", "chosen", "messages", "real", "role", "content"
 records = st.lists(st.dictionaries(st.sampled_from(COLUMNS), json_values, max_size=4) | json_values, max_size=4)
 
 
-def rows_file(suffix, rows):
-    """A file of the rows, or of good ones where the format cannot hold them."""
+# Arrow's types hold years, time zones and texts that Python's do not.
+ARROW_TYPES = [*map(pa.timestamp, ("s", "ms", "ns")), pa.timestamp("us", "Mars/Olympus"), pa.timestamp("s", "+99:99")]
+ARROW_TYPES += [pa.duration("s"), pa.date64(), pa.time64("ns"), pa.float64(), pa.uint64(), pa.binary(8)]
+arrow_columns = st.tuples(
+    st.sampled_from(COLUMNS), st.sampled_from(ARROW_TYPES), st.integers(-(2**53), 2**53), st.booleans()
+)
+
+
+def with_arrow_column(table, name, kind, number, nested):
+    """The table with a column of the bits of `number` as another type, or of structs of it."""
+    values = pa.array([number] * table.num_rows, pa.int64())
+    values = pa.Array.from_buffers(kind, len(values), values.buffers())
+    values = pa.StructArray.from_arrays([values], ["content"]) if nested else values
+    return table.drop_columns([name] if name in table.column_names else []).append_column(name, values)
+
+
+def rows_file(suffix, rows, arrow):
+    """A file of the rows, or of good ones where the format cannot hold them; a parquet one has a column of `arrow` too."""
     if suffix == ".parquet":
-        buffer = io.BytesIO()
         try:
             table = pa.Table.from_pylist([row for row in rows if isinstance(row, dict)])
-            pq.write_table(table, buffer)
+            pq.write_table(table, io.BytesIO())
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
-            buffer = io.BytesIO()
-            pq.write_table(pa.table({"prompt": ["p"] * 3, "response": ["r"] * 3}), buffer)
+            table = pa.table({"prompt": ["p"] * 3, "response": ["r"] * 3})
+        buffer = io.BytesIO()
+        pq.write_table(with_arrow_column(table, *arrow), buffer)
         return buffer.getvalue()
     return (json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows))).encode()
 
@@ -121,13 +137,14 @@ def rows_file(suffix, rows):
     "reader",
     st.sampled_from([".jsonl", ".json", ".parquet"]),
     records,
+    arrow_columns,
     st.none() | st.integers(0, 2**32) | st.binary(max_size=200),
     st.sampled_from(["skip", "skip", "error"]),
 )
-def any_data_file_is_read_or_refused(request, told, suffix, rows, how, on_bad_row):
+def any_data_file_is_read_or_refused(request, told, suffix, rows, arrow, how, on_bad_row):
     path = request.config._tmp_path_factory.getbasetemp() / f"fuzz{suffix}"
     good = [{"prompt": "p", "response": f"r{i}"} for i in range(2)]
-    content = rows_file(suffix, [*good, *rows])
+    content = rows_file(suffix, [*good, *rows], arrow)
     path.write_bytes(
         how if isinstance(how, bytes) else content if how is None else mutated(content, random.Random(how))
     )

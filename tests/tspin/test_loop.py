@@ -446,12 +446,24 @@ def test_what_a_later_iteration_cannot_do_is_refused_before_the_first(toy, tmp_p
     changes = {"gradient_accumulation_steps": [1, 0]}
     with pytest.raises(ValueError, match="gradient_accumulation_steps: want 1 or more, got 0"):
         SelfPlay(toy_config(toy, tmp_path / "run", **changes)).run()
+    changes = {"lr_scheduler_type": ["linear", "warmup_stable_decay"]}
+    with pytest.raises(ValueError, match=r"lr_scheduler_type: 'warmup_stable_decay', .* would stop the training"):
+        SelfPlay(toy_config(toy, tmp_path / "run", **changes)).run()
+    with pytest.raises(ValueError, match="fsdp: want several processes, got one"):
+        SelfPlay(toy_config(toy, tmp_path / "run", fsdp="full_shard")).run()
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(
         ValueError, match=r"use_peft: want the package peft, which is missing; pip install 'tspin\[peft\]'"
     ):
         SelfPlay(toy_config(toy, tmp_path / "run", use_peft=True))
     assert not (tmp_path / "run").exists()
+
+
+def test_fewer_rows_than_a_batch_are_refused_before_anything_is_sampled(toy, tmp_path):
+    changes = {"dataloader_drop_last": True, "per_device_train_batch_size": [4, 1000]}
+    with pytest.raises(ValueError, match="dataloader_drop_last: want the 1000 rows or more of one batch"):
+        SelfPlay(toy_config(toy, tmp_path / "run", **changes)).run()
+    assert not list((tmp_path / "run").rglob("*.parquet"))
 
 
 def test_a_pickled_model_is_refused(toy, tmp_path):

@@ -6,11 +6,13 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from tspin.data import TripletCollator
 from tspin.scoring import score_references
@@ -114,6 +116,10 @@ WRONG |= {
     "num_train_epochs": 0,
     "save_strategy": "best",
     "label_smoothing_factor": 0.1,
+    "entropy_coef": math.inf,
+    "learning_rate": math.inf,
+    "warmup_steps": math.inf,
+    "train_sampling_strategy": "group_by_length",
 }
 
 
@@ -128,6 +134,89 @@ def test_a_model_in_shares_is_refused(tmp_path):
 def test_wrong_values_are_named(tmp_path, name):
     with pytest.raises(ValueError, match=rf"{name}: want .*, got {WRONG[name]!r}"):
         TSPINConfig(output_dir=str(tmp_path), use_cpu=True, **{name: WRONG[name]})
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta", "lam", "sft_coef", "num_train_epochs"])
+def test_no_coefficient_is_infinite(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"{name}: want a finite number.*, got inf"):
+        TSPINConfig(output_dir=str(tmp_path), use_cpu=True, **{name: math.inf})
+
+
+LATE = {
+    "lr_scheduler_type: 'warmup_stable_decay', lr_scheduler_kwargs: None .*num_decay_steps": {
+        "lr_scheduler_type": "warmup_stable_decay"
+    },
+    "lr_scheduler_type: 'linear', lr_scheduler_kwargs: {'foo': 1} .*'foo'": {"lr_scheduler_kwargs": {"foo": 1}},
+    "lr_scheduler_type: 'cosine', .*'few'": {
+        "lr_scheduler_type": "cosine",
+        "lr_scheduler_kwargs": {"num_cycles": "few"},
+    },
+    "lr_scheduler_type: 'cosine_with_min_lr', .*min_lr": {"lr_scheduler_type": "cosine_with_min_lr"},
+    "optim: 'rmsprop', optim_args: 'nonsense' ": {"optim_args": "nonsense"},
+    "optim: 'rmsprop', optim_args: 'momentum=-1' .*momentum": {"optim_args": "momentum=-1"},
+    "optim: 'adamw_torch_npu_fused', .*torch_npu": {"optim": "adamw_torch_npu_fused"},
+    "gradient_checkpointing_kwargs: {'nope': 1} .*nope": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"nope": 1},
+    },
+    "torch_compile_backend: 'inductor', torch_compile_mode: 'nope' .*max-autotune": {"torch_compile_mode": "nope"},
+    "torch_compile_backend: 'nope', ": {"torch_compile_backend": "nope"},
+}
+
+
+@pytest.mark.parametrize("message", LATE)
+def test_what_would_stop_the_training_at_its_start_is_named(tmp_path, message):
+    args = TSPINConfig(output_dir=str(tmp_path), use_cpu=True, **LATE[message])
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        args.rehearse()
+    assert " would stop the training at its start: " in str(caught.value)
+
+
+def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
+    for name, package in (("galore_adamw", "galore_torch"), ("lomo", "lomo"), ("apollo_adamw", "apollo_torch")):
+        monkeypatch.setattr(f"transformers.trainer_optimizer.is_{package}_available", lambda: False)
+        with pytest.raises(ValueError, match=rf"^optim: '{name}', .* would stop .* `{package}\w*`"):
+            TSPINConfig(output_dir=str(tmp_path), use_cpu=True, optim=name).rehearse()
+    monkeypatch.setattr("tspin.training_args.is_liger_kernel_available", lambda: False)
+    with pytest.raises(ValueError, match=r"^use_liger_kernel: want the package liger-kernel, which is missing"):
+        TSPINConfig(output_dir=str(tmp_path), use_cpu=True, use_liger_kernel=True)
+
+
+def test_what_can_be_trained_by_is_rehearsed_without_a_word(tmp_path, recwarn):
+    for name in SchedulerType:
+        keys = {"reduce_lr_on_plateau": {"eval_strategy": "steps"}, "greedy": {"eval_strategy": "steps"}}.get(name, {})
+        given = {"warmup_stable_decay": {"num_decay_steps": 5}}.get(name) or (
+            {"min_lr": 1e-9} if "min" in name else None
+        )
+        keys |= {"lr_scheduler_type": name, "lr_scheduler_kwargs": given, "learning_rate": 1e-3}
+        TSPINConfig(output_dir=str(tmp_path), use_cpu=True, **keys).rehearse()
+    for keys in (
+        *({"optim": name} for name in ("rmsprop", "adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "adafactor")),
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True, "every_n_layers": 2}},
+    ):
+        TSPINConfig(output_dir=str(tmp_path), use_cpu=True, **keys).rehearse()
+    assert [str(warning.message) for warning in recwarn if "gradient_checkpointing" not in str(warning.message)] == []
+
+
+def test_a_package_that_wants_the_names_of_layers_is_rehearsed_without_them(tmp_path, monkeypatch):
+    package = SimpleNamespace(APOLLOAdamW=type("APOLLOAdamW", (torch.optim.AdamW,), {}))
+    monkeypatch.setattr("transformers.trainer_optimizer.is_apollo_torch_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "apollo_torch", package)
+    keys = {"optim": "apollo_adamw", "optim_target_modules": ["attn", "mlp"]}
+    TSPINConfig(output_dir=str(tmp_path), use_cpu=True, **keys).rehearse()
+    with pytest.raises(ValueError, match=r"^optim: 'apollo_adamw'.*optim_target_modules"):
+        TSPINConfig(output_dir=str(tmp_path), use_cpu=True, optim="apollo_adamw").rehearse()
+
+
+def test_batches_that_triplets_do_not_allow_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="accelerator_config: want dispatch_batches false, got true"):
+        TSPINConfig(output_dir=str(tmp_path), use_cpu=True, accelerator_config={"dispatch_batches": True})
+    keys = {"dataloader_drop_last": True, "per_device_train_batch_size": 4}
+    args = TSPINConfig(output_dir=str(tmp_path), **QUIET | keys)
+    with pytest.raises(ValueError, match=r"dataloader_drop_last: want the 4 rows or more of one batch .*, got 3"):
+        TSPINTrainer(build(), args, triplets(3))
+    TSPINTrainer(build(), args, triplets(4))
 
 
 def test_an_optimizer_that_is_not_installed_is_refused_at_once(tmp_path, monkeypatch):
