@@ -51,6 +51,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _sync_tree(directory: Path) -> None:
+    # Directories too, which hold the names of what is in them.
+    for path in (*directory.rglob("*"), directory):
+        if path.is_file() or path.is_dir():
+            _sync(path)
+
+
 def is_full(error: Exception, path: str | os.PathLike) -> bool:
     """Whether an error met while writing below `path` is that of a full disk.
 
@@ -175,9 +182,7 @@ def staged_directory(final: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
         yield staged
-        for path in staged.rglob("*"):
-            if path.is_file():
-                _sync(path)
+        _sync_tree(staged)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(staged, final)
         _sync(final.parent)
@@ -193,9 +198,8 @@ def seal(directory: str | os.PathLike, **facts: Any) -> None:
     """Mark `directory` as whole: sync its files and write, last and atomically, their hashes and `facts`."""
     directory = Path(directory)
     with disk_errors(directory):
-        for path in directory.rglob("*"):
-            if path.is_file():
-                _sync(path)
+        _sync_tree(directory)
+        _sync(directory.parent)
     write_record(directory / _SEAL, {**facts, "files": _tree_hashes(directory)})
 
 

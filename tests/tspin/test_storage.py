@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,6 +24,52 @@ def test_write_atomic_replaces_and_leaves_no_temporary(tmp_path):
     storage.write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
     assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def disk_order(tmp_path, monkeypatch):
+    """What is synced and what renamed below tmp_path, in order: "sync FILE" and "FILE -> FILE"."""
+    order, real = [], {name: getattr(os, name) for name in ("fsync", "replace", "rename")}
+
+    def name(path):
+        return os.path.relpath(path, tmp_path)
+
+    def fsync(descriptor):
+        order.append(f"sync {name(os.readlink(f'/proc/self/fd/{descriptor}'))}")
+        real["fsync"](descriptor)
+
+    def rename(old, new, call):
+        order.append(f"{name(old)} -> {name(new)}")
+        real[call](old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for call in ("replace", "rename"):
+        monkeypatch.setattr(os, call, partial(rename, call=call))
+    return order
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_before_the_write_returns(tmp_path, disk_order):
+    storage.write_atomic(tmp_path / "file", b"new")
+    assert disk_order == ["sync .file.tmp", ".file.tmp -> file", "sync ."]
+
+
+def test_a_staged_directory_is_on_the_disk_before_it_has_its_name(tmp_path, disk_order):
+    with storage.staged_directory(tmp_path / "model") as staged:
+        (staged / "sub").mkdir()
+        for name in ("a", "sub/b"):
+            (staged / name).write_text(name)
+        assert not disk_order
+    assert sorted(disk_order[:-2]) == [f"sync .model.tmp{name}" for name in ("", "/a", "/sub", "/sub/b")]
+    assert disk_order[-2:] == [".model.tmp -> model", "sync ."]
+
+
+def test_what_a_seal_vouches_for_is_on_the_disk_before_it(tmp_path, disk_order):
+    for name in ("c/a", "c/sub/b"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    storage.seal(tmp_path / "c")
+    assert sorted(disk_order[:-3]) == ["sync .", "sync c", "sync c/a", "sync c/sub", "sync c/sub/b"]
+    assert disk_order[-3:] == ["sync c/.complete.json.tmp", "c/.complete.json.tmp -> c/complete.json", "sync c"]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
