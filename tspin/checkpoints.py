@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers import ProgressCallback, TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from tspin.storage import hash_json, json_lines, read_seal, remove_sealed, seal, write_atomic
 
@@ -126,3 +127,18 @@ class Progress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}")
+
+
+class TensorBoard(TensorBoardCallback):
+    """Trainer's, in one directory that outlives the checkpoints: a resumed training takes back what came after its checkpoint."""
+
+    def __init__(self, directory: Path):
+        super().__init__()
+        self.directory = directory
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A directory of the environment's stays as transformers has it.
+        if self.logging_dir is None and state.is_world_process_zero:
+            self.logging_dir = str(self.directory)
+            self.tb_writer = self._SummaryWriter(self.logging_dir, purge_step=state.global_step + 1)
+        super().on_train_begin(args, state, control, **kwargs)

@@ -28,12 +28,13 @@ from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedModel, ProgressCallback, set_seed
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
 from tspin import storage
 from tspin.backends import Samplers
 from tspin.cards import write_cards
-from tspin.checkpoints import Checkpoints, Progress, Sealing, wait_for_everyone
+from tspin.checkpoints import Checkpoints, Progress, Sealing, TensorBoard, wait_for_everyone
 from tspin.config import SelfPlayConfig
 from tspin.data import Example, TripletCollator, build_triplets, load_examples
 from tspin.evaluate import evaluate, generate_answers, read_references, write_references
@@ -440,6 +441,8 @@ class SelfPlay:
             trainer.remove_callback(ProgressCallback)
             if not args.disable_tqdm:
                 trainer.add_callback(Progress)
+            if trainer.pop_callback(TensorBoardCallback):
+                trainer.add_callback(TensorBoard(self._at(t) / "tensorboard"))
             try:
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
             except UnpicklingError as error:

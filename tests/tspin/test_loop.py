@@ -238,8 +238,7 @@ def test_a_tracker_is_told_the_names_and_numbers_of_the_log(toy, tmp_path):
             step = entry.pop("step")
             for name, value in entry.items():
                 wanted.setdefault(f"train/{name}", []).append((step, pytest.approx(value, rel=1e-6)))
-        (events,) = (here / "checkpoints" / "runs").iterdir()
-        told = EventAccumulator(str(events)).Reload()
+        told = EventAccumulator(str(here / "tensorboard")).Reload()
         # transformers sums up to a tracker after the last step, when the log is already sealed.
         summary = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "train_loss"}
         assert {"train/logps/chosen", "train/weights/current"} <= wanted.keys()
@@ -248,6 +247,38 @@ def test_a_tracker_is_told_the_names_and_numbers_of_the_log(toy, tmp_path):
             scalars = [(scalar.step, scalar.value) for scalar in told.Scalars(name)]
             # The epoch stands in the summary once more.
             assert scalars[: len(values)] == values and len(scalars) == len(values) + (name == "train/epoch"), name
+
+
+def test_a_tracker_is_told_each_step_once_however_often_the_training_is_resumed(toy, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = toy_config(toy, tmp_path / "run", report_to="tensorboard", iterations=1, save_steps=3, logging_steps=1)
+    step, seen = torch.optim.RMSprop.step, []
+
+    def dies_at_its_sixth(*args, **kwargs):
+        seen.append(None)
+        return step(*args, **kwargs) if len(seen) < 6 else 1 / 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.RMSprop, "step", dies_at_its_sixth)
+        with pytest.raises(ZeroDivisionError):
+            SelfPlay(config).run()
+    here = tmp_path / "run" / "iter_00"
+    assert [e.step for e in EventAccumulator(str(here / "tensorboard")).Reload().Scalars("train/loss")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+    SelfPlay(config).run()
+    wanted = [
+        line["step"] for line in map(json.loads, (here / "metrics.jsonl").read_text().splitlines()) if "loss" in line
+    ]
+    told = EventAccumulator(str(here / "tensorboard")).Reload()
+    assert [event.step for event in told.Scalars("train/loss")] == wanted and len(wanted) > 6
+    assert not list((here / "checkpoints").rglob("events.*"))
 
 
 def test_a_report_that_fails_does_not_take_the_run_with_it(toy, tmp_path, monkeypatch, caplog):
