@@ -1,13 +1,15 @@
 """README.md and docs/ hold: every python block runs, links lead somewhere, keys exist, every public name is described.
 
 The `python` blocks of a page run top to bottom in one namespace, in a fresh directory. Set-up and checks that a reader
-need not see stand between them in comments, `<!-- python` to `-->`, and run in their place. Blocks in another fence
-(bash, text, py) do not run.
+need not see stand between them in comments, `<!-- python` to `-->`, and run in their place. Of bash and yaml blocks, which
+want a hub, a server or many GPUs, the words and keys are read as the command reads them.
 """
 
 import importlib.util
 import re
+import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ import yaml
 
 import tspin
 import tspin_kernels
-from tspin.config import default_of, loop_fields, training_fields
+from tspin import cli
+from tspin.compare import read_comparison
+from tspin.config import SelfPlayConfig, default_of, loop_fields, read_values, training_fields
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,6 +51,57 @@ def test_a_wrong_block_fails_at_its_line():
     with pytest.raises(AssertionError) as caught:
         run_blocks("# Page\n\n<!-- python\nx = 1\n-->\n\n```python\nx += 1\nassert x == 3\n```\n", "page")
     assert caught.traceback[-1].lineno + 1 == 9
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of each `tspin` command in the bash blocks of a page."""
+    for body in re.findall("^```bash\n(.*?)^```$", text, re.M | re.S):
+        for line in body.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while "tspin" in words:
+                words = words[words.index("tspin") + 1 :]
+                yield words[: words.index("&&")] if "&&" in words else words
+
+
+def understand(command: list[str], files: dict[str, str]) -> None:
+    """Read a command's words and its config, one of `files` or of the repository, up to where it would begin."""
+    args, words = cli._parser().parse_known_args(command)
+    assert args.takes_words or not words, command
+    values = {"model_name_or_path": "m", "dataset": "d", "output_dir": "o"}
+    config = getattr(args, "config", None)
+    if config in files:
+        values |= yaml.safe_load(files[config])
+    elif config and (ROOT / config).exists():
+        values |= read_values(ROOT / config)
+    values |= read_values(None, words)
+    if args.name == "compare":
+        read_comparison(values, args.methods, args.arm, args.seeds)
+    elif args.takes_words and args.name != "demo":
+        SelfPlayConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_and_config_is_understood(page):
+    text = page.read_text()
+    blocks = re.findall("^```yaml\n(.*?)^```$", text, re.M | re.S)
+    files = {match[1]: block for block in blocks if (match := re.match(r"# (\w+\.yaml)", block))}
+    found = list(commands(text))
+    assert len(found) >= len(re.findall("^```bash$", text, re.M)) - text.count("&& pytest\n")
+    for command in found:
+        understand(command, files)
+    for block in blocks:
+        if block not in files.values() and "datasets:" not in block:  # TRL's
+            understand(["check", "--config", "block"], {"block": block})
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["run --learning_rat 1", "run --learning_rate fast", "compare --methods tspin,spam", "push RUN --repo me/x"],
+)
+def test_a_wrong_command_is_found(command):
+    with pytest.raises(ValueError):
+        for words in commands(f"```bash\npip install x && tspin {command}\n```\n"):
+            understand(words, {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
