@@ -107,12 +107,9 @@ class TokenIds:
                 )
             ids, logprobs, stopped = [*ids, named if named in self.stop_ids else self.stop_ids[0]], None, True
         elif not stopped and len(ids) < max_new_tokens:
-            raise ValueError(
-                f"generation_backend: the server cut row {row} after {len(ids)} of {max_new_tokens} tokens; raise its "
-                "longest context (vLLM: --max-model-len)"
-            )
+            raise _cut(row, len(ids), max_new_tokens)
         if set(ids[:-1]) & set(self.stop_ids):
-            raise ValueError(f"generation_backend: the server went on after a stop token in row {row}")
+            raise _went_on(row)
         return Answer(ids, stopped, logprobs)
 
     def agrees(self, answer: Answer, ours: Sequence[int], step: int) -> bool:
@@ -165,10 +162,14 @@ class Text:
         choice = _choice(answer, self.name)
         text, usage = choice.get("text"), answer.get("usage")
         count = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        if not isinstance(text, str) or type(count) is not int or not 0 < count <= max_new_tokens + 1:
+        if not _is_text(text) or type(count) is not int or not 0 < count <= max_new_tokens + 1:
             raise AgainError(f"want text and its number of tokens, got {choice}")
         ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        if set(ids) & set(self.stop_ids):
+            raise _went_on(example.row)
         if count <= max_new_tokens:
+            if choice["finish_reason"] == "length":
+                raise _cut(example.row, count, max_new_tokens)
             return Answer([*ids, self.stop_ids[0]], True, is_exact=len(ids) == count - 1)
         if not ids:
             raise ValueError(
@@ -184,6 +185,22 @@ class Text:
             return answer.stopped and theirs == so_far
         # The rest of a character may be in the next token.
         return theirs.startswith(so_far.rstrip("\ufffd"))
+
+
+def _cut(row: int, count: int, most: int) -> ValueError:
+    return ValueError(
+        f"generation_backend: the server cut row {row} after {count} of {most} tokens; raise its longest context "
+        "(vLLM: --max-model-len)"
+    )
+
+
+def _went_on(row: int) -> ValueError:
+    return ValueError(f"generation_backend: the server went on after a stop token in row {row}")
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is text without lone surrogates, which JSON may bring and no tokenizer takes."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _seed(seed: int, example: Example) -> int:

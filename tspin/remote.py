@@ -11,6 +11,7 @@ The key of a server goes into the header of a request and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 TRIES, RESTARTS = 8, 3
 FIRST_PAUSE, LONGEST_PAUSE, LONGEST_ASKED_PAUSE = 0.5, 30.0, 120.0
 PROBES, PROBE_TOKENS = 3, 8
+HEALTH_SECONDS = 5
 _GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
 
 
@@ -212,7 +214,6 @@ class Server:
 
     async def _until_ready(self, client: httpx2.AsyncClient) -> None:
         import anyio
-        import httpx2
 
         assert self._process is not None
         process, wait = self._process, self.config.generation_wait
@@ -220,12 +221,10 @@ class Server:
         while time.monotonic() < deadline:
             try:
                 process.check_alive()
-                if (await client.get(_health(self.url), timeout=5)).status_code < 500:
-                    return
             except ChildProcessError as death:
                 raise ValueError(f"generation_server_command: {death}") from death
-            except httpx2.HTTPError:
-                pass
+            if await _is_up(client, self.url):
+                return
             await anyio.sleep(0.1)
         raise ValueError(
             f"generation_server_command: the server is not ready after {wait:g} s; the end of {process.log}: "
@@ -358,12 +357,24 @@ class Server:
 
 def answers(url: str) -> bool:
     """Whether something that speaks HTTP listens at `url`; waits for 5 seconds at most."""
+    import anyio
     import httpx2
 
-    try:
-        return httpx2.get(_health(url), timeout=5, trust_env=False).status_code < 500
-    except httpx2.HTTPError:
-        return False
+    async def ask() -> bool:
+        async with httpx2.AsyncClient(trust_env=False) as client:
+            return await _is_up(client, url)
+
+    return anyio.run(ask)
+
+
+async def _is_up(client: httpx2.AsyncClient, url: str) -> bool:
+    import anyio
+    import httpx2
+
+    # The client's own limit is between two bytes.
+    with anyio.move_on_after(HEALTH_SECONDS), contextlib.suppress(httpx2.HTTPError):
+        return (await client.get(_health(url))).status_code < 500
+    return False
 
 
 def _health(url: str) -> str:

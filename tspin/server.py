@@ -93,6 +93,10 @@ def check_settings(config: SelfPlayConfig) -> None:
         raise ValueError(
             f"generation_url: want no name or password in it, config.yaml would keep them; set {KEY_VARIABLE}"
         )
+    try:
+        parts.hostname.encode("idna")
+    except UnicodeError as error:
+        raise ValueError(f"generation_url: want the name of a host or its address, got {url!r}: {error}") from None
     if config.generation_protocol == "text" and config.tokenizer_name_or_path is not None:
         raise ValueError(
             "generation_protocol: want token_ids beside tokenizer_name_or_path, got text, which the server reads by its own"
@@ -129,11 +133,12 @@ def free_port() -> int:
 class ServerProcess:
     """One server; `start` may be called again after it has died.
 
-    words: the command. log: takes stdout and stderr, from the start of the latest process on.
+    words: the command. log: takes stdout and stderr, from the first start on, so that it says what a server died of.
     """
 
     def __init__(self, words: list[str], log: Path):
         self.words, self.log = words, log
+        self._log_mode = "wb"
         self._process: subprocess.Popen | None = None
         self._watcher: subprocess.Popen | None = None
 
@@ -152,7 +157,8 @@ class ServerProcess:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         logger.info("starting %s", without_key(shlex.join(self.words)))
         try:
-            with open(self.log, "wb") as log:
+            with open(self.log, self._log_mode) as log:
+                self._log_mode = "ab"
                 self._process = subprocess.Popen(
                     self.words,
                     stdin=subprocess.DEVNULL,

@@ -1,9 +1,11 @@
 """Sampling over HTTP: whatever goes wrong on the way, the shards are those of an undisturbed run, or there are none."""
 
+import contextlib
 import logging
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -587,6 +589,36 @@ def test_a_server_that_does_not_listen_to_sigterm_is_killed(tmp_path, monkeypatc
     assert "PATH=" in environment and "RANK=" not in environment and "ACCELERATE" not in environment
 
 
+def test_the_log_says_what_a_server_died_of_before_it_was_started_again(tmp_path):
+    for name in ("first", "second"):
+        server = ServerProcess(["sh", "-c", f"echo {name} $$"], tmp_path / "log")
+        for _ in range(2):
+            server.start()
+            server._process.wait()
+        said = [line.split()[0] for line in (tmp_path / "log").read_text().splitlines()]
+        assert said == [name, name]
+        server.stop()
+
+
+def test_a_health_that_drips_is_none_after_all_its_seconds(monkeypatch):
+    monkeypatch.setattr(remote, "HEALTH_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip():
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 40\r\n\r\n")
+                for _ in range(40):
+                    time.sleep(0.1)
+                    connection.sendall(b" ")
+
+        threading.Thread(target=drip, daemon=True).start()
+        begin = time.monotonic()
+        assert not remote.answers(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
+        assert time.monotonic() - begin < 3
+
+
 def test_a_command_is_words_and_never_a_shell():
     words = command_words("sh -c 'serve $HOME' --weights={model} --port {port}", "/a b/$(touch x)", 12)
     assert words == ["sh", "-c", "serve $HOME", "--weights=/a b/$(touch x)", "--port", "12"]
@@ -609,6 +641,9 @@ def test_a_command_is_words_and_never_a_shell():
         ({"generation_url": "ftp://a/v1"}, "generation_url: want http://"),
         ({"generation_url": "http:///v1"}, "generation_url: want http://"),
         ({"generation_url": "http://127.0.0.1:99999/v1"}, "generation_url: want a port of 1 to 65535"),
+        ({"generation_url": "http://..:80/v1"}, "generation_url: want the name of a host"),
+        ({"generation_url": f"http://{'a' * 300}/v1"}, "generation_url: want the name of a host"),
+        ({"generation_url": "http://me:secret@../v1"}, "generation_url: want no name or password"),
         ({"generation_url": "http://me:secret@a/v1"}, "generation_url: want no name or password"),
         ({"generation_protocol": "text", "tokenizer_name_or_path": "t"}, "generation_protocol: want token_ids beside"),
         ({"generation_concurrency": 0}, "generation_concurrency: want 1 or more"),

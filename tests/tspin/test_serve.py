@@ -193,7 +193,12 @@ def test_text_is_encoded_to_the_tokens_it_shows(policy):
     assert text.read(answer("", 1), example, 4).token_ids == [0]
     with pytest.raises(ValueError, match="the response to row 0 has only special tokens"):
         text.read(answer("", 5, "length"), example, 4)
+    with pytest.raises(ValueError, match=r"generation_backend: the server cut row 0 after 2 of 4 tokens"):
+        text.read(answer("12", 2, "length"), example, 4)
+    with pytest.raises(ValueError, match="generation_backend: the server went on after a stop token in row 0"):
+        text.read(answer(f"1{text.tokenizer.decode([0])}2", 4), example, 4)
     for bad in (
+        answer("1\ud800", 3),
         answer(None, 3),
         answer("1", "3"),
         answer("1", 9),
