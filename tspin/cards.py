@@ -21,19 +21,21 @@ from tspin import storage
 from tspin.config import SelfPlayConfig
 from tspin.ledger import Ledger
 from tspin.run_files import read_iterations
+from tspin.tables import scores_in
 from tspin.training_args import TSPINConfig
 
 logger = logging.getLogger(__name__)
 
 _METHODS = {"tspin": "T-SPIN", "tspin_no_history": "T-SPIN without history", "tspin_ref": "T-SPIN with a reference"}
 _METHODS |= {"spin": "SPIN", "sft": "supervised fine-tuning"}
-# Header, key of eval.json, format.
-_SCORES = (
-    ("exact match", "exact_match", ".3f"),
-    ("sampled match", "exact_match_sampled", ".3f"),
-    ("log-prob of an annotated response, nats", "logprob", ".2f"),
-    ("own samples likelier than the annotated response", "fresh_share", ".3f"),
-)
+# What the columns of a card's evaluation mean, by key of eval.json.
+_NOTES = {
+    "exact_match": "Exact match: greedy, and of a sample at temperature 1.",
+    "accuracy": "Accuracy: of the choice with the highest log-likelihood.",
+    "tasks/average": "Tasks: lm-evaluation-harness.",
+    "logprob": "Eval logp: log-prob of an annotated response, nats.",
+    "fresh_share": "Fresh y<y': share of own samples likelier than the annotated response.",
+}
 # Further settings that a card shows where they are given; others may hold paths of this machine.
 _SHOWN = {
     "adam_beta1",
@@ -289,18 +291,18 @@ def _sampling(config: SelfPlayConfig) -> str:
 
 def _evaluation(run: _Run, t: int) -> list[str]:
     scored = {s: run.scores[s] for s in range(-1, t + 1) if s in run.scores}
-    columns = [column for column in _SCORES if any(column[1] in row for row in scored.values())]
+    config = run.config
+    columns = scores_in(dict.fromkeys(key for row in scored.values() for key in row), bool(config.answer_pattern))
     if not columns:
         return ["None was made."]
     rows = [
-        ["initial" if s < 0 else s, *(format(row[key], spec) if key in row else "" for _, key, spec in columns)]
+        ["initial" if s < 0 else s, *(format(row[c.key], c.spec) if c.key in row else "" for c in columns)]
         for s, row in scored.items()
     ]
-    config = run.config
     held_out = Path(config.eval_dataset).name if config.eval_dataset else None
     note = f"{scored[t].get('rows', '')} held-out rows of `{held_out}`. " if held_out and t in scored else ""
-    note += "Exact match: greedy, and of a sample at temperature 1."
-    return [*_table(("iteration", *(header for header, _, _ in columns)), rows), f"\n{note}"]
+    notes = [text for key, text in _NOTES.items() if any(column.key == key for column in columns)]
+    return [*_table(("iteration", *(column.header for column in columns)), rows), f"\n{note}{' '.join(notes)}".rstrip()]
 
 
 def _versions(run: _Run) -> str:

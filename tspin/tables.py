@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from tspin.comparison import Estimate, Group, config_differences, last_common_iteration, paired_difference
@@ -93,11 +93,17 @@ def iteration_name(t: int) -> str:
 
 
 def scores_of(groups: Sequence[Group]) -> list[Quantity]:
-    """The scores that some run holds, single benchmarks last. Without an answer_pattern exact match is of whole texts, which of
-    chat says nothing, and comes after the others of `SCORES`."""
+    """The scores that some run holds, in the order of `scores_in`."""
     held = dict.fromkeys(key for group in groups for run in group.runs for row in run.rows for key in row)
+    return scores_in(held, _has_answers(groups))
+
+
+def scores_in(held: Iterable[str], has_answers: bool) -> list[Quantity]:
+    """Those of the keys that are scores, single benchmarks last. Without an answer_pattern exact match is of whole texts, which of
+    chat says nothing, and comes after the others of `SCORES`."""
+    held = list(held)
     scores = [score for score in SCORES if score.key in held]
-    if not _has_answers(groups):
+    if not has_answers:
         scores.sort(key=_is_match)
     names = [key.removeprefix("tasks/") for key in held if key.startswith("tasks/") and key != "tasks/average"]
     return scores + [Quantity(f"tasks/{name}", name, title=f"benchmark {name}") for name in names]

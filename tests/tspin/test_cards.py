@@ -71,8 +71,14 @@ def test_the_model_card_tells_model_method_data_iteration_evaluation_and_version
         assert "| at temperature 0.9, at most 6 tokens |" in text and "0.001, 1 epochs, rmsprop" in text
         assert f"`{storage.content_hash(path.parent)}`" in text
         row = next(line for line in text.splitlines() if line.startswith(f"| {t} |"))
-        wanted = [f"{scores['exact_match']:.3f}", f"{scores['exact_match_sampled']:.3f}", f"{scores['logprob']:.2f}"]
-        assert row.split(" | ")[1:] == [*wanted, f"{scores['fresh_share']:.3f} |"]
+        # No answer_pattern: whole texts, last.
+        wanted = [f"{scores['logprob']:.2f}", f"{scores['fresh_share']:.3f}"]
+        assert row.split(" | ")[1:] == [
+            *wanted,
+            f"{scores['exact_match']:.3f}",
+            f"{scores['exact_match_sampled']:.3f} |",
+        ]
+        assert "Eval logp: log-prob of an annotated response, nats." in text and "Accuracy" not in text
         assert f"| {t + 1} |" not in text and "| initial |" in text and "6 held-out rows of `test.jsonl`" in text
         for name, version in record["versions"].items():
             assert version is None or f"{name} {version}" in text
@@ -144,9 +150,10 @@ def test_a_card_changes_no_hash_and_is_the_same_wherever_it_is_made(mine, toy, c
     assert len(written) == 3
     for path in written:
         (mine / path).unlink()
-    before = storage.read_json(mine / "state.json")
+    stages = lambda: [storage.read_json(mine / "state.json")[key] for key in ("done", "origin_of")]
+    before = stages()
     SelfPlay(toy_config(toy, mine, report_to="tensorboard", **SHORT)).run()
-    assert storage.read_json(mine / "state.json") == before and "altered" not in caplog.text, "no stage is done again"
+    assert stages() == before and "altered" not in caplog.text, "no stage is done again"
     assert {path.relative_to(mine): path.read_bytes() for path in mine.rglob("README.md")} == written
 
 
@@ -252,6 +259,16 @@ def test_what_is_not_as_the_run_recorded_it_is_not_uploaded(mine, hub):
     with pytest.raises(ValueError, match="bad name"):
         push(mine, "bad name", dry_run=True)
     assert len(hub.calls) == 2
+
+
+def test_a_card_shows_accuracy_and_benchmarks(mine):
+    path = mine / "iter_01" / "eval.json"
+    storage.write_json(path, storage.read_json(path) | {"accuracy": 0.25, "tasks/average": 0.5, "tasks/sums": 0.75})
+    (mine / "iter_01" / "model" / "README.md").unlink()
+    write_cards(mine)
+    text = (mine / "iter_01" / "model" / "README.md").read_text()
+    assert "| iteration | accuracy | tasks average | eval logp |" in text and text.count("| 0.250 | 0.500 |") == 1
+    assert "| sums |" in text and "| 0.750 |" in text and "Tasks: lm-evaluation-harness." in text
 
 
 def test_the_last_model_is_the_one_with_the_highest_number(mine, capsys):
