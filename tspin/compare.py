@@ -214,10 +214,19 @@ class SharingSelfPlay(SelfPlay):
         same = ("processes", "device", "platform", "versions", "model", "data", "eval_data")
 
         def gives(donor: Path) -> bool:
-            if not (donor / "state.json").exists() or name not in storage.read_record(donor / "state.json")["done"]:
+            ledger = Ledger(donor)
+            if ledger.path.exists():
+                ledger.read()
+            if name not in ledger.done:
                 return False
-            theirs = storage.read_record(donor / "run.json")
-            changed = {key for key, _, _ in self.config.diff(SelfPlayConfig.from_file(donor / "config.yaml"))}
+            theirs, origin = storage.read_record(donor / "run.json"), ledger.origin_of(name)
+            # What it was made with: config.yaml may have been edited since.
+            made = (
+                SelfPlayConfig.from_dict(origin["config"])
+                if origin
+                else SelfPlayConfig.from_file(donor / "config.yaml")
+            )
+            changed = {key for key, _, _ in self.config.diff(made)}
             return changed <= _OF_TRAINING and all(own[key] == theirs[key] for key in same)
 
         return gives

@@ -56,8 +56,10 @@ def push(
             raise ValueError(f"{path} is not what the run recorded; `tspin run` makes it again")
     if not stages or not (folder / "README.md").is_file():
         raise ValueError(f"want README.md in {folder}, got none; the same `tspin run` command writes it")
-    paths = list(made) if triplets else [p for p in folder.rglob("*") if p.is_file()]
-    files = sorted({"README.md", *(path.relative_to(folder).as_posix() for path in paths)})
+    paths = made if triplets else (path for path in folder.rglob("*") if path.is_file())
+    names = {"README.md", *(path.relative_to(folder).as_posix() for path in paths)}
+    # The hashes do not cover hidden files, which are nobody's to publish.
+    files = sorted(name for name in names if "/." not in f"/{name}")
     sizes = {name: (folder / name).stat().st_size for name in files}
     print(f"{kind} {repo_id}, from {folder}:")
     print(*(f"{size:>15,} bytes  {name}" for name, size in sizes.items()), sep="\n")

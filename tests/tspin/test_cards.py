@@ -271,6 +271,14 @@ def test_a_card_shows_accuracy_and_benchmarks(mine):
     assert "| sums |" in text and "| 0.750 |" in text and "Tasks: lm-evaluation-harness." in text
 
 
+def test_hidden_files_are_not_uploaded(mine):
+    for name in (".env", ".cache/token"):
+        path = mine / "iter_01" / "model" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("secret")
+    assert not [name for name in push(mine, "me/x", dry_run=True) if name.startswith(".")]
+
+
 def test_the_last_model_is_the_one_with_the_highest_number(mine, capsys):
     record = storage.read_record(mine / "state.json")
     moved = {name.replace("iter_01", "iter_101"): made for name, made in record["done"].items()}

@@ -122,6 +122,16 @@ def test_nothing_is_taken_from_another_model_or_from_altered_files(compared, toy
     assert taken(monkeypatch, donor, config) == set()
 
 
+def test_what_a_donor_has_done_counts_with_the_config_that_did_it(compared, toy, tmp_path, monkeypatch):
+    donor = shutil.copytree(compared[0].output_dir, tmp_path / "donor")
+    text = (donor / "config.yaml").read_text()
+    (donor / "config.yaml").write_text(f"{text}temperature: 0.9\n")
+    config = SelfPlayConfig.from_dict(values_of(toy, tmp_path / "other", seed=0, temperature=0.9))
+    assert taken(monkeypatch, donor, config) == set()
+    config = SelfPlayConfig.from_dict(values_of(toy, tmp_path / "same", seed=0))
+    assert taken(monkeypatch, donor, config) == {*SHARED}
+
+
 def test_a_changed_config_is_refused_before_anything_is_run(compared, toy, tmp_path):
     directory = compared[0].output_dir.parent
     changed = values_of(toy, directory, learning_rate=2e-3)
