@@ -164,7 +164,8 @@ class Text:
         count = usage.get("completion_tokens") if isinstance(usage, dict) else None
         if not _is_text(text) or type(count) is not int or not 0 < count <= max_new_tokens + 1:
             raise AgainError(f"want text and its number of tokens, got {choice}")
-        ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        # Servers leave special tokens out; what spells one here is made of ordinary tokens.
+        ids = list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
         if set(ids) & set(self.stop_ids):
             raise _went_on(example.row)
         if count <= max_new_tokens:
