@@ -183,7 +183,7 @@ def run_arm(arm: Arm, directory: Path, commit: str) -> dict[str, Any]:
 
 def _iterations(folder: Path) -> list[dict[str, Any]]:
     """Scores of pi_0 and of each iteration's policy, with means and last values of its training log."""
-    from tspin.report import read_iterations
+    from tspin.run_files import read_iterations
 
     entries = []
     for row in read_iterations(folder):
