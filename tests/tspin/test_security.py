@@ -177,6 +177,7 @@ def watch(event, args):
 sys.addaudithook(watch)
 """
 RUN = "import tspin.cli; sys.exit(tspin.cli.main(sys.argv[1:]))"
+EACH = "import json, tspin.cli; sys.exit(max(tspin.cli.main(words) for words in json.loads(sys.argv[1])))"
 DOWNLOAD = "import huggingface_hub; huggingface_hub.hf_hub_download('some/model', 'config.json')"
 SECRET = "hf_ThisIsASecretOfTheEnvironment"
 
@@ -193,7 +194,7 @@ def test_the_watch_sees_a_download(tmp_path):
     assert "SOCKET socket." in done.stderr and done.returncode != 0
 
 
-def test_an_offline_run_opens_no_socket_and_writes_no_secret(toy):
+def test_offline_no_command_opens_a_socket_or_writes_a_secret(toy):
     """A model of the hub's cache by its name, and a data set on the disk."""
     commit, cache = "c0ffee" + "0" * 34, toy / "hub" / "hub" / "models--some--model"
     shutil.copytree(toy / "model", cache / "snapshots" / commit)
@@ -205,6 +206,18 @@ def test_an_offline_run_opens_no_socket_and_writes_no_secret(toy):
     assert done.returncode == 0 and "SOCKET" not in done.stderr, done.stderr[-3000:]
     assert json.loads((toy / "run" / "run.json").read_text())["model"] == {"name": "some/model", "commit": commit}
     assert (toy / "run" / "report" / "table.md").exists() and content_hash(toy / "run" / "iter_00" / "model")
+    given = ["--config", str(toy / "config.yaml")]
+    others = [
+        ["report", str(toy / "run")],
+        ["check", *given],
+        ["eval", *given, "--save", str(toy / "scores.json")],
+        ["generate", *given, "--output_dir", str(toy / "samples")],
+        ["compare", *given, "--output_dir", str(toy / "arms"), "--methods", "spin,sft", "--seeds", "0"],
+        ["push", str(toy / "run"), "--repo_id", "me/x", "--dry_run"],
+    ]
+    done = watched(EACH, json.dumps(others), cwd=toy, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0 and "SOCKET" not in done.stderr, done.stderr[-3000:]
+    assert (toy / "scores.json").exists() and (toy / "arms" / "report" / "table.md").exists()
     written = [path for path in toy.rglob("*") if path.is_file()]
     assert not [path for path in written if SECRET.encode() in path.read_bytes()]
     assert SECRET not in done.stdout + done.stderr
