@@ -36,7 +36,17 @@ def model_config(name: str) -> PreTrainedConfig:
     return kind(**shape, max_position_embeddings=2**20)
 
 
-def _shape(kind: type, vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, tied: bool = False):
+def _shape(
+    kind: type,
+    vocab: int,
+    hidden: int,
+    inner: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    tied: bool = False,
+    **more: int,
+):
     return kind, {
         "vocab_size": vocab,
         "hidden_size": hidden,
@@ -45,17 +55,18 @@ def _shape(kind: type, vocab: int, hidden: int, inner: int, layers: int, heads: 
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "tie_word_embeddings": tied,
+        **more,
     }
 
 
+_EXPERTS = {"head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
 _SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "tiny": _shape(LlamaConfig, 128, 32, 64, 2, 2, 2),
     "llama-4-layers": _shape(LlamaConfig, 8192, 256, 704, 4, 4, 4),
     "qwen2.5-1.5b": _shape(Qwen2Config, 151936, 1536, 8960, 28, 12, 2, tied=True),
     "llama-3.1-8b": _shape(LlamaConfig, 128256, 4096, 14336, 32, 32, 8),
-    "qwen3-30b-a3b": _shape(Qwen3MoeConfig, 151936, 2048, 6144, 48, 32, 4),
+    "qwen3-30b-a3b": _shape(Qwen3MoeConfig, 151936, 2048, 6144, 48, 32, 4, **_EXPERTS),
 }
-_SHAPES["qwen3-30b-a3b"][1].update(head_dim=128, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8)
 
 
 @dataclass

@@ -77,7 +77,10 @@ def disk_errors(path: str | os.PathLike) -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _UNUSABLE:
-            raise ValueError(f"cannot use {path}: {error}; choose another output_dir, on a writable disk") from error
+            # The file may be another's, of a cache say, on a disk like that.
+            raise ValueError(
+                f"cannot use {path}: {error}; choose another output_dir, on a writable disk, or mend the disk of that file"
+            ) from error
         # A ValueError has been through here, nearer to the file.
         if isinstance(error, ValueError) or not is_full(error, path):
             raise

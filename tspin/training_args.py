@@ -97,7 +97,7 @@ class TSPINConfig(TrainingArguments):
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         self._check_values()
         super().__post_init__()
-        self._check_loading()
+        self._check_batches()
         self._check_packages()
 
     def _check_values(self) -> None:
@@ -126,7 +126,7 @@ class TSPINConfig(TrainingArguments):
                 "smoothing, sft_coef and entropy_coef are what it has"
             )
 
-    def _check_loading(self) -> None:
+    def _check_batches(self) -> None:
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
                 f"train_sampling_strategy: want random or sequential, got {self.train_sampling_strategy!r}, which goes by the "
