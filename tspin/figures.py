@@ -181,9 +181,12 @@ def _scores(groups: Sequence[Group]) -> Picture | None:
 
 
 def _bar(group: Group, key: str, t: int, estimate: Estimate) -> float:
-    """Half an error bar: the standard deviation over seeds, or of one seed's share the standard error over its rows."""
+    """Half an error bar: the standard deviation over seeds, or of one seed's share the standard error of its rows."""
     if estimate.sd is not None:
         return estimate.sd if math.isfinite(estimate.sd) else 0.0
+    if key.startswith("tasks/"):
+        error = "tasks_stderr/" + key.removeprefix("tasks/")
+        return next((run.score(t, error) or 0.0 for run in group.runs if run.score(t, key) is not None), 0.0)
     is_of_rows = key.startswith(("exact_match", "accuracy"))
     rows = "rows" if is_of_rows else "fresh_rows" if key == "fresh_share" else ""
     known = [run for run in group.runs if run.score(t, key) is not None and run.score(t, rows)]

@@ -7,6 +7,7 @@ on every process, keeps each finished benchmark in a file of its own, and says w
 from __future__ import annotations
 
 import logging
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -197,9 +198,14 @@ class Harness:
 
 
 def task_scores(result: dict[str, Any]) -> dict[str, float]:
-    """The scores of `Harness.run` under the names that they have in eval.json: `tasks/<name>` and `tasks/average`."""
-    scores = {f"tasks/{row['name']}": row["score"] for row in result["benchmarks"]}
-    return scores | {"tasks/average": result["average"]}
+    """The scores of `Harness.run` under the names that they have in eval.json, `tasks/<name>` and `tasks/average`, and the standard
+    errors that are known, `tasks_stderr/<name>`; that of the average where all are, of independent ones."""
+    rows = result["benchmarks"]
+    scores = {f"tasks/{row['name']}": row["score"] for row in rows} | {"tasks/average": result["average"]}
+    errors = {f"tasks_stderr/{row['name']}": row["stderr"] for row in rows if row["stderr"] is not None}
+    if len(errors) == len(rows):
+        errors["tasks_stderr/average"] = math.hypot(*errors.values()) / len(rows)
+    return scores | errors
 
 
 def _policy(model: Any, tokenizer: Any, batch_size: int, autocast_dtype: torch.dtype | None) -> Any:

@@ -164,7 +164,9 @@ def _short_names(groups: Sequence[Group]) -> Cells:
 def _spread_note(groups: Sequence[Group]) -> str:
     if all(len(group.runs) == 1 for group in groups):
         text = "One seed: no spread over seeds is known. Bars are the standard error of a share over the rows it was measured on"
-        text += "; benchmarks have none." if any(s.key.startswith("tasks/") for s in scores_of(groups)) else "."
+        text += (
+            ", of benchmarks the harness's own." if any(s.key.startswith("tasks/") for s in scores_of(groups)) else "."
+        )
     else:
         text = "Mean over seeds ± standard deviation over seeds, which the bars show too; thin lines are single seeds."
     if _is_single(groups):

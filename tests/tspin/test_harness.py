@@ -283,6 +283,7 @@ def test_a_run_measures_its_tasks_after_each_iteration_and_once_before(tmp_path,
     assert [s["tasks/sums"] == s["tasks/average"] for s in scores] == [True, True]
     kept = json.loads((tmp_path / "run" / "iter_00" / "eval" / "tasks" / "sums.json").read_text())
     assert kept["result"]["shots"] == [1] and kept["result"]["score"] == scores[1]["tasks/sums"]
+    assert kept["result"]["stderr"] == scores[1]["tasks_stderr/sums"] == scores[1]["tasks_stderr/average"]
     assert (
         kept["request"]["model"]
         == json.loads((tmp_path / "run" / "state.json").read_text())["done"]["iter_00/model"]["iter_00/model"]

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from tspin import cli, figures, pair_figures, plotting, storage
 from tspin.comparison import Estimate, group_runs
+from tspin.harness import task_scores
 from tspin.report import (
     comparison_markdown,
     comparison_table,
@@ -24,6 +25,7 @@ from tspin.report import (
     write_report,
 )
 from tspin.run_files import Run, iteration_folders, read_iterations
+from tspin.tables import scores_of
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -678,6 +680,20 @@ def test_the_error_of_the_fresh_share_counts_the_pairs_that_it_counts(tmp_path):
     (group,) = group_runs([run])
     bar = lambda key: figures._bar(group, key, 0, Estimate.of([0.5]))
     assert bar("fresh_share") == pytest.approx(0.5 / math.sqrt(4)) and bar("exact_match") == pytest.approx(0.5 / 4)
+
+
+def test_the_bar_of_one_seed_of_a_benchmark_is_the_error_that_the_harness_gives(tmp_path):
+    result = {"benchmarks": [{"name": n, "score": 0.5, "stderr": e} for n, e in (("a", 0.03), ("b", 0.04))]}
+    scores = task_scores(result | {"average": 0.5})
+    unknown = task_scores({"benchmarks": [{"name": "c", "score": 0.5, "stderr": None}], "average": 0.5})
+    groups = [
+        group_runs([Run(tmp_path, {"method": "tspin"}, [{"iteration": 0, "log": [], **found}])])[0]
+        for found in (scores, unknown)
+    ]
+    bar = lambda key, group=groups[0]: figures._bar(group, key, 0, Estimate.of([0.5]))
+    assert bar("tasks/a") == 0.03 and bar("tasks/average") == pytest.approx(0.025)
+    assert bar("tasks/c", groups[1]) == bar("tasks/average", groups[1]) == 0.0
+    assert [score.key for score in scores_of(groups)] == ["tasks/average", "tasks/a", "tasks/b", "tasks/c"]
 
 
 def test_labels_at_the_ends_of_lines_do_not_overlap():
