@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "tspin_kernels"
-PLAIN, TRITON, BLOCKS = "_rows_torch.py", "_rows_triton.py", "_blocks.py"
+PLAIN, TRITON, HEAD, BLOCKS = "_rows_torch.py", "_rows_triton.py", "_head.py", "_blocks.py"
 RUN, OPS, SHARDS, FILTER = "_groups.py", "_token_ops.py", "_shards.py", "_filter.py"
 KEPT, KEPT_TRITON = "_sparse_torch.py", "_sparse_triton.py"
 TOKENS, GROUPS, SUMS = "_linear_logprobs.py", "_sequence_loss.py", "_sequences.py"
@@ -316,7 +316,7 @@ MUTATIONS = [
         "_from_column(targets[block], head.start + c0)",
         "targets[block] - head.start",
     ),
-    Mutation("bias of another block", BLOCKS, "self.bias[start:stop], size", "self.bias[: stop - start], size"),
+    Mutation("bias of another block", HEAD, "self.bias[start:stop], size", "self.bias[: stop - start], size"),
     Mutation(
         "dhidden of the last vocabulary block only",
         BLOCKS,
@@ -400,14 +400,14 @@ MUTATIONS = [
     ),
     Mutation(
         "narrow gradient of wide logits not counted",
-        BLOCKS,
+        HEAD,
         "self.logits_dtype != self.compute_dtype and (dhidden or dweight)",
         "False",
         "test_memory.py",
     ),
     Mutation(
         "weight not cast to the dtype of the products",
-        BLOCKS,
+        HEAD,
         "self.weight[start:stop].to(self.compute_dtype)",
         "self.weight[start:stop]",
         "test_precision.py",
@@ -495,7 +495,7 @@ MUTATIONS = [
     ),
     Mutation(
         "ranks: target offset forgotten",
-        BLOCKS,
+        HEAD,
         "0 if self.shard is None else self.shard.start",
         "0",
         "test_process_group.py",
@@ -535,19 +535,19 @@ MUTATIONS = [
     # A padded vocabulary
     Mutation(
         "padding of a gradient apart is left as it was",
-        "_blocks.py",
+        BLOCKS,
         "dlogits[:, V:].zero_()",
         "pass",
         "test_inputs_and_masks.py",
     ),
     Mutation(
         "no vocabulary is padded",
-        "_blocks.py",
+        HEAD,
         "if dtype in _NARROW else columns",
         "if False else columns",
         "test_memory.py",
     ),
-    Mutation("slices begin anywhere", "_blocks.py", "step - step % _ALIGNED or step", "step", "test_memory.py"),
+    Mutation("slices begin anywhere", BLOCKS, "step - step % _ALIGNED or step", "step", "test_memory.py"),
     Mutation(
         "sequence ids wrap",
         "_groups.py",
@@ -557,7 +557,7 @@ MUTATIONS = [
     ),
     Mutation(
         "padding of a block is taken for columns",
-        "_blocks.py",
+        BLOCKS,
         "logits[:, : part.V],\n",
         "logits,\n",
         "test_linear_logprobs.py",
@@ -773,12 +773,12 @@ MUTATIONS = [
     ),
     Mutation(
         "audit: the gradient of hidden rows not counted",
-        BLOCKS,
+        HEAD,
         "scattered=dhidden.itemsize if scattered and dhidden else 0",
         "scattered=0",
         "test_memory.py",
     ),
-    Mutation("audit: gathered rows not counted", BLOCKS, "copied if gathered or", "copied if", "test_memory.py"),
+    Mutation("audit: gathered rows not counted", HEAD, "copied if gathered or", "copied if", "test_memory.py"),
     Mutation(
         "audit: a second backward behind hooks",
         OPS,

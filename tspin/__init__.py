@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tspin.collator import TripletCollator
     from tspin.config import SelfPlayConfig
-    from tspin.data import TripletCollator
     from tspin.loop import SelfPlay
     from tspin.prefix import layout_inputs, share_prompts
     from tspin.tiling import tile_sequences
@@ -17,7 +17,7 @@ _HOMES = {
     "SelfPlayConfig": "tspin.config",
     "TSPINConfig": "tspin.training_args",
     "TSPINTrainer": "tspin.trainer",
-    "TripletCollator": "tspin.data",
+    "TripletCollator": "tspin.collator",
     "layout_inputs": "tspin.prefix",
     "share_prompts": "tspin.prefix",
     "tile_sequences": "tspin.tiling",

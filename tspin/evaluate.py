@@ -16,7 +16,8 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tspin.data import Example, TripletCollator
+from tspin.collator import TripletCollator
+from tspin.data import Example
 from tspin.generate import Generation, generate_responses, read_generations, sample_responses
 from tspin.scoring import score_references
 from tspin.storage import hash_json, read_shard, write_shard

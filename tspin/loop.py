@@ -35,8 +35,9 @@ from tspin import storage
 from tspin.backends import Samplers
 from tspin.cards import write_cards
 from tspin.checkpoints import Checkpoints, Progress, Sealing, TensorBoard, wait_for_everyone
+from tspin.collator import TripletCollator
 from tspin.config import SelfPlayConfig
-from tspin.data import Example, TripletCollator, build_triplets, load_examples
+from tspin.data import Example, build_triplets, load_examples
 from tspin.evaluate import evaluate, generate_answers, read_references, write_references
 from tspin.generate import derived_seed, generate_responses, read_generations
 from tspin.harness import Harness, benchmarks, task_scores

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tspin.data import MEMBERS, Example, TripletCollator
+from tspin.collator import TripletCollator
+from tspin.data import MEMBERS, Example
 from tspin.generate import Generation
 from tspin.metrics import rewards
 from tspin.scoring import score_references, scoring_options

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tspin.data import TripletCollator
+from tspin.collator import TripletCollator
 from tspin.model import causal_lm, install_scoring, naming_out_of_memory, probe_head, score_batch
 from tspin.prefix import refusal, share_prompts
 from tspin.sequential import one_by_one

@@ -28,8 +28,8 @@ from transformers.masking_utils import sdpa_mask
 
 from tspin import attention, prefix, tiling
 from tspin.model import Head
-from tspin_kernels._blocks import Head as KernelHead
 from tspin_kernels._groups import GroupPlan, plan_groups
+from tspin_kernels._head import Head as KernelHead
 from tspin_kernels._inputs import LogitTransform
 from tspin_kernels._linear_logprobs import product_dtypes
 from tspin_kernels._plan import DEFAULT_BUDGET

@@ -24,7 +24,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from tspin import diagnostics, tiling
-from tspin.data import TripletCollator, tokenize_triplets
+from tspin.collator import TripletCollator
+from tspin.data import tokenize_triplets
 from tspin.fitting import MemoryCheck, gpu_memory
 from tspin.loading import add_adapter, load_model, warn_of_rounded_steps
 from tspin.memory import Context

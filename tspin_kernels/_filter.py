@@ -23,7 +23,6 @@ from torch import Tensor
 from tspin_kernels import _rows_torch, _sparse_torch
 from tspin_kernels._blocks import (
     Gradients,
-    Head,
     RowStats,
     Scattered,
     Upstream,
@@ -33,6 +32,7 @@ from tspin_kernels._blocks import (
     to_front,
     without_autocast,
 )
+from tspin_kernels._head import Head
 from tspin_kernels._inputs import HostCopy
 
 # Entries of a dense row that cost as much as one that is kept: an estimate for the CPU, measured on an H200.

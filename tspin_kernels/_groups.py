@@ -13,7 +13,6 @@ from torch import Tensor
 from tspin_kernels._blocks import (
     PRODUCT_BYTES,
     Gradients,
-    Head,
     Scattered,
     Upstream,
     compute_gradients,
@@ -23,6 +22,7 @@ from tspin_kernels._blocks import (
     to_front,
 )
 from tspin_kernels._filter import FilterReport, compute_filtered_gradients, filter_bytes
+from tspin_kernels._head import Head
 from tspin_kernels._inputs import HostCopy, accumulate_dtype, answers_at_once
 from tspin_kernels._plan import Blocks, Sizes, plan_blocks
 from tspin_kernels._sequences import LossFn, SequenceStats, group_losses, run_lengths, sum_sequences

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tspin_kernels._blocks import Head, rows_module
 from tspin_kernels._filter import FilterReport
 from tspin_kernels._groups import Call, Rows, check_rows, run_groups, select_rows
+from tspin_kernels._head import Head, rows_module
 from tspin_kernels._inputs import (
     LogitTransform,
     check_budget,

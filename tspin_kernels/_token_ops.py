@@ -12,7 +12,6 @@ from torch.distributed import distributed_c10d
 
 from tspin_kernels._blocks import (
     Gradients,
-    Head,
     RowStats,
     Scattered,
     Upstream,
@@ -20,9 +19,8 @@ from tspin_kernels._blocks import (
     compute_stats,
     form_gradient,
     multiply_out,
-    padded_columns,
-    rows_module,
 )
+from tspin_kernels._head import Head, padded_columns, rows_module
 from tspin_kernels._inputs import LogitTransform, accumulate_dtype, check_targets_in_range
 from tspin_kernels._plan import Blocks, Sizes, plan_blocks
 from tspin_kernels._shards import gather_widths, place_shard

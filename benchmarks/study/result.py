@@ -116,13 +116,13 @@ def _paragraph(claim: str, verdict: Verdict) -> str:
     return f"**{claim}: {verdict.word}.** {so_far}{verdict.why}"
 
 
-def _spread(estimate: Estimate | None) -> str:
+def spread(estimate: Estimate | None) -> str:
     if estimate is None:
         return "-"
     return f"{estimate.mean:.3f}" + ("" if estimate.sd is None else f" ± {estimate.sd:.3f}")
 
 
-def _table(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (headers, ["---"] * len(headers), *lines))
 
 
@@ -134,12 +134,12 @@ def _methods_table(study: Study) -> str:
     lines = []
     for key, title in ((plan.SCORE, "greedy"), (SAMPLED, "sampled")):
         for name in names:
-            cells = [_spread(study.estimate(name, at(t, key))) for t in steps]
+            cells = [spread(study.estimate(name, at(t, key))) for t in steps]
             less = "" if name == "tspin" else shown(study.difference(name, "tspin", last(key)), True)
             rate = f"{study.rates[name]:.0e}".replace("e-0", "e-")
             lines.append([f"{LABELS[name]}, {title}", rate, str(len(study.arms[name])), *cells, less])
     headers = ["exact match", "rate", "seeds", *("pi_0" if t < 0 else str(t) for t in steps), "last, less T-SPIN"]
-    return _table(headers, lines)
+    return table(headers, lines)
 
 
 def _controls_table(study: Study) -> str:
@@ -151,13 +151,13 @@ def _controls_table(study: Study) -> str:
         lines.append([f"**{question}**", "", "", "", "", "", ""])
         for name in (base, *names):
             seeds = len(study.arms.get(name, {}))
-            greedy, sampled = (_spread(study.estimate(name, last(key))) for key in (plan.SCORE, SAMPLED))
+            greedy, sampled = (spread(study.estimate(name, last(key))) for key in (plan.SCORE, SAMPLED))
             fresh = study.estimate(name, last(FRESH))
-            fresh = _spread(fresh if fresh is not None and fresh.n == seeds else None)
+            fresh = spread(fresh if fresh is not None and fresh.n == seeds else None)
             differences = [shown(study.difference(name, base, last(key)), True) for key in (plan.SCORE, SAMPLED)]
             cells = [greedy, sampled, fresh, *(["", ""] if name == base else differences)]
             lines.append([name, str(seeds), *cells])
-    return _table(
+    return table(
         ["arm", "seeds", "greedy", "sampled", "fresh y<y'", "greedy, difference", "sampled, difference"], lines
     )
 
@@ -237,7 +237,7 @@ def _tuning_table(rows: Rows, rates: Mapping[str, float]) -> str:
             lines.append(
                 [LABELS[method], name, f"{statistics.mean(scores):.3f}", ", ".join(f"{s:.3f}" for s in scores), chosen]
             )
-    return _table(["method", "rate", "validation, greedy", "by seed", ""], lines) if lines else "Pending."
+    return table(["method", "rate", "validation, greedy", "by seed", ""], lines) if lines else "Pending."
 
 
 def _account(rows: Rows) -> str:
@@ -259,7 +259,7 @@ def _account(rows: Rows) -> str:
 beside other work; a pupil takes another 50 s a seed.
 {"; ".join("; ".join(names) for names in facts)}. Commits: {commits}."""
     later = "Later phases are listed once the rates that they use are tuned." if len(plan.phases(rows)) < 8 else ""
-    return "\n\n".join(filter(None, [_table(["phase", "arms with a row"], lines), later, text]))
+    return "\n\n".join(filter(None, [table(["phase", "arms with a row"], lines), later, text]))
 
 
 def _software(row: Mapping) -> str:

@@ -5,7 +5,7 @@
 
 Each call makes the initial policy of a seed, finishes whole arms of it while there is time, and leaves rows and pictures only; the
 next call goes on after the arms that have a row. Rates are tuned per method on validation numbers of a seed of its own, on a grid
-of half decades that grows while its first or last rate is the best; then three other seeds are run once. The initial policy is
+of half decades that grows while its first or last rate is the best; then other seeds are run once. The initial policy is
 made anew by each call: rows carry its hash, and arms are compared within one.
 """
 
@@ -28,7 +28,7 @@ from benchmarks.study.word_pupil import SIZES, Size, make_pupil
 from tspin import storage
 
 METHODS = ("tspin", "spin", "sft", "tspin_no_history", "tspin_ref")
-TUNING_SEED, SEEDS = 100, (0, 1, 2)
+TUNING_SEED = 100
 RATES = {
     "tspin": (1e-6, 3e-6, 1e-5),
     "spin": (3e-7, 1e-6, 3e-6),
@@ -91,10 +91,10 @@ def is_of(row: dict[str, Any], phase: str, method: str) -> bool:
     return (row["phase"], row["method"]) == (phase, method)
 
 
-def plan(rows: Sequence[dict[str, Any]]) -> list[Arm]:
+def plan(rows: Sequence[dict[str, Any]], size: Size) -> list[Arm]:
     """The arms without a row that can be run now, those of one seed together."""
     arms = [Arm("tune", method, rate, TUNING_SEED) for method in RATES for rate in grid(rows, method)]
-    for seed in SEEDS:
+    for seed in range(size.seeds):
         rates = [(method, tuned(rows, method)) for method in METHODS]
         arms += [Arm("test", method, rate, seed) for method, rate in rates if rate is not None]
     done = {row["arm"] for row in rows}
@@ -177,7 +177,8 @@ def _scores(path: Path, arm: Arm, size: Size, folder: Path) -> dict[str, Any]:
         extract_answer(json.loads(line)["completion"], ANSWER)
         for line in (folder / "held_out.jsonl").read_text().splitlines()
     ]
-    scores: dict[str, Any] = {key: measured[key] for key in ("iteration", "fresh_share", "logprob") if key in measured}
+    kept = ("iteration", "logprob", "fresh_share", "fresh_identical", "fresh_rows")
+    scores: dict[str, Any] = {key: measured[key] for key in kept if key in measured}
     for number, split in enumerate(arm.splits):
         rows = range(number * size.held_out, (number + 1) * size.held_out)
         scores[split] = {
@@ -223,7 +224,7 @@ def run(directory: Path, path: Path, size: Size, *, seconds: float, jobs: int, c
 
     try:
         while True:
-            pending = [arm for arm in plan(read_rows(path, size.name)) if arm.name not in tried]
+            pending = [arm for arm in plan(read_rows(path, size.name), size) if arm.name not in tried]
             left = deadline - time.monotonic()
             while pending and len(running) < jobs and 1.15 * longest < left:
                 arm = pending.pop(0)
@@ -289,9 +290,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study.word_problems", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     made = {name: commands.add_parser(name) for name in ("run", "pupil", "arm", "table")}
+    for name in made:
+        made[name].add_argument("--size", choices=SIZES, default="full")
     for name in ("run", "pupil", "arm"):
         made[name].add_argument("--directory", type=Path, required=True, help="for pupils and runs")
-        made[name].add_argument("--size", choices=SIZES, default="full")
         made[name].add_argument("--commit", help="what rows call the code")
     made["run"].add_argument("--out", type=Path, required=True, help="folder of rows.jsonl, the table and the figure")
     made["run"].add_argument("--seconds", type=float, default=560)
@@ -304,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "table":
         from benchmarks.study.word_results import write
 
-        print(write(read_rows(options.rows), options.rows.parent))
+        print(write(read_rows(options.rows, options.size), options.rows.parent))
         return 0
     size, directory = SIZES[options.size], options.directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
@@ -321,8 +323,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = out / "rows.jsonl"
         settings = {"seconds": options.seconds, "jobs": options.jobs, "commit": options.commit}
         failed = run(directory, rows, size, **settings)
-        print(write(read_rows(rows, size.name), out))
-        print(f"{len(plan(read_rows(rows, size.name)))} arms can be run next", flush=True)
+        text = write(read_rows(rows, size.name), out)
+        (out / "table.md").write_text(text, encoding="utf-8")
+        print(text)
+        print(f"{len(plan(read_rows(rows, size.name), size))} arms can be run next", flush=True)
         return 1 if failed else 0
     return 0
 

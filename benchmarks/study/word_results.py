@@ -1,32 +1,41 @@
-"""The rows of the word problems as a table and a picture: means over seeds, differences seed by seed, no ranks."""
+"""The rows of the word problems as tables and a picture: means over seeds, differences seed by seed, no ranks."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from benchmarks.study.claims import FEWEST, shown
 from benchmarks.study.figures import STYLE
+from benchmarks.study.result import LABELS, spread, table
 from benchmarks.study.word_problems import METHODS, RATES, TUNING_SEED, grid, is_of, scores, tuned
+from tspin.comparison import Estimate
 
 Row = dict[str, Any]
-_PANELS = (
+Value = Callable[[Row], float | None]
+
+
+def _fresh(point: Row) -> float | None:
+    # Of the pairs whose y' is not y; a share of few is no number.
+    pairs = round(point.get("fresh_rows", 0) * (1 - point.get("fresh_identical", 0)))
+    return point.get("fresh_share") if pairs >= FEWEST else None
+
+
+MEASURES: tuple[tuple[str, Value], ...] = (
     ("Unseen numbers, greedy", lambda p: p["test"]["greedy"]),
-    ("Unseen numbers, sampled at temperature 1", lambda p: p["test"]["sampled"]),
+    ("Unseen numbers, sampled", lambda p: p["test"]["sampled"]),
     ("Unseen phrasing, greedy", lambda p: p["templates"]["greedy"]),
-    ("Fresh pairs with logp(y) < logp(y')", lambda p: p.get("fresh_share")),
+    ("Fresh y<y'", _fresh),
 )
 
 
 def write(rows: Sequence[Row], folder: Path) -> str:
-    """Write table.md and, once an arm of the comparison has run, word_problems.png to `folder`; return the table."""
-    text = f"{tuning_table(rows)}\n{comparison_table(rows)}"
-    (folder / "table.md").write_text(text, encoding="utf-8")
+    """Draw word_problems_SIZE.png into `folder`, once an arm of the comparison has run, and return the tables."""
     if any(row["phase"] == "test" for row in rows):
-        _draw(rows, folder / "word_problems.png")
-    return text
+        _draw(rows, folder / f"word_problems_{rows[0]['size']}.png")
+    return f"{tuning_table(rows)}\n\n{comparison_table(rows)}\n\n{changes(rows)}\n"
 
 
 def tuning_table(rows: Sequence[Row]) -> str:
@@ -39,57 +48,79 @@ def tuning_table(rows: Sequence[Row]) -> str:
         ]
         edge = " (the edge of the grid)" if best in (rates[0], rates[-1]) else ""
         lines.append(f"- {method}: {', '.join(cells)}{edge}")
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)
 
 
 def comparison_table(rows: Sequence[Row]) -> str:
-    """Means and standard deviations over seeds at the first and last policy, and paired differences to T-SPIN."""
-    columns = ("method", "rate", "seeds", "unseen numbers: greedy", "sampled", "unseen phrasing: greedy", "fresh y<y'")
-    lines = [f"| {' | '.join((*columns, 'less T-SPIN, greedy'))} |", "|---" * 8 + "|"]
-    first = [row for row in rows if row["phase"] == "test"]
-    pupils = list({row["pupil"]: row["iterations"][0] for row in first}.values())
-    if pupils:
-        cells = [_spread([get(p) for p in pupils]) for _, get in _PANELS[:3]]
-        lines.append(f"| initial | | {len(pupils)} | {' | '.join(cells)} | | |")
-    for method in METHODS:
-        mine = [row for row in rows if is_of(row, "test", method)]
-        if mine:
-            cells = [_spread([get(row["iterations"][-1]) for row in mine]) for _, get in _PANELS]
-            difference = "" if method == "tspin" else _spread(differences(rows, method, _PANELS[0][1]), sign=True)
+    """Each measure of each method by iteration, mean and standard deviation over seeds, and paired differences to T-SPIN with their
+    95 % intervals: of the last policies, and of means over those from iteration 1 on."""
+    steps = range(
+        -1, max((row["iterations"][-1]["iteration"] for row in rows if row["phase"] == "test"), default=-1) + 1
+    )
+    lines = []
+    for title, get in MEASURES:
+        for method in METHODS:
+            mine = [row for row in rows if is_of(row, "test", method)]
+            if not mine:
+                continue
+            cells = [spread(_estimate(mine, t, get)) for t in steps]
             rates = ", ".join(sorted({f"{row['rate']:g}" for row in mine}))
-            lines.append(f"| {method} | {rates} | {len(mine)} | {' | '.join(cells)} | {difference} |")
-    return "\n".join([*lines, ""])
+            less = [
+                "" if method == "tspin" else shown(Estimate.of(differences(rows, method, get, first)), sign=True)
+                for first in (steps[-1], 1)
+            ]
+            lines.append([f"{LABELS[method]}, {title[0].lower()}{title[1:]}", rates, str(len(mine)), *cells, *less])
+    headers = ["", "rate", "seeds", *("pi_0" if t < 0 else str(t) for t in steps)]
+    headers += ["last, less T-SPIN", "mean from 1 on, less T-SPIN"]
+    return table(headers, lines)
 
 
-def differences(rows: Sequence[Row], method: str, get: Callable[[Row], float]) -> list[float]:
-    """`method` less T-SPIN at the last iteration, of the pairs of arms that began with the same pupil, bit for bit."""
-    theirs = {row["pupil"]: row for row in rows if is_of(row, "test", "tspin")}
-    mine = [row for row in rows if is_of(row, "test", method) and row["pupil"] in theirs]
-    return [get(row["iterations"][-1]) - get(theirs[row["pupil"]]["iterations"][-1]) for row in mine]
+def changes(rows: Sequence[Row]) -> str:
+    """How each method's policies change from one iteration to the next, greedy on unseen numbers, with 95 % intervals."""
+    get, lines = MEASURES[0][1], []
+    for method in METHODS:
+        runs = [row["iterations"] for row in rows if is_of(row, "test", method)]
+        if runs:
+            steps = range(1, len(runs[0]))
+            found = [Estimate.of([get(run[i]) - get(run[i - 1]) for run in runs]) for i in steps]  # type: ignore[operator]
+            lines.append(f"- {LABELS[method]}: {', '.join(shown(estimate, sign=True) for estimate in found)}")
+    return "\n".join(["Changes from one policy to the next, greedy on unseen numbers:\n", *lines])
 
 
-def _spread(values: Sequence[float | None], sign: bool = False) -> str:
-    known = [value for value in values if value is not None and not math.isnan(value)]
-    if not known:
-        return "-"
-    spec = "+.3f" if sign else ".3f"
-    return f"{mean(known):{spec}}" + (f" ({stdev(known):.3f})" if len(known) > 1 else "")
+def differences(rows: Sequence[Row], method: str, get: Value, first: int) -> list[float]:
+    """`method` less T-SPIN, means over the policies from iteration `first` on, of the pairs of arms that began with the same pupil,
+    bit for bit."""
+
+    def of(row: Row) -> float | None:
+        values = [get(point) for point in row["iterations"] if point["iteration"] >= first]
+        return None if None in values or not values else mean(values)  # type: ignore[type-var]
+
+    theirs = {row["pupil"]: of(row) for row in rows if is_of(row, "test", "tspin")}
+    pairs = [(of(row), theirs.get(row["pupil"])) for row in rows if is_of(row, "test", method)]
+    return [ours - other for ours, other in pairs if ours is not None and other is not None]
+
+
+def _estimate(rows: Sequence[Row], t: int, get: Value) -> Estimate | None:
+    """Over the seeds, where every one has a value."""
+    values = [get(point) for row in rows for point in row["iterations"] if point["iteration"] == t]
+    return None if None in values else Estimate.of(values)  # type: ignore[arg-type]
 
 
 def _draw(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
-    for axis, (title, get) in zip(figure.subplots(2, 2).flat, _PANELS):
+    for axis, (title, get) in zip(figure.subplots(2, 2).flat, MEASURES):
         for method, (colour, marker) in STYLE.items():
-            mine = [row["iterations"] for row in rows if is_of(row, "test", method)]
-            if not mine:
-                continue
-            curves = [[(p["iteration"], get(p)) for p in row if get(p) is not None] for row in mine]
-            for curve in curves:
-                axis.plot(*zip(*curve), color=colour, alpha=0.3, linewidth=0.8)
-            means = [(t, mean(c[i][1] for c in curves)) for i, (t, _) in enumerate(min(curves, key=len))]
-            axis.plot(*zip(*means), color=colour, marker=marker, markersize=5, label=method)
+            mine = [row for row in rows if is_of(row, "test", method)]
+            for row in mine:
+                _plot(
+                    axis, [(p["iteration"], get(p)) for p in row["iterations"]], color=colour, alpha=0.3, linewidth=0.8
+                )
+            if mine:
+                means = [(t, _estimate(mine, t, get)) for t in range(-1, mine[0]["iterations"][-1]["iteration"] + 1)]
+                points = [(t, None if estimate is None else estimate.mean) for t, estimate in means]
+                _plot(axis, points, color=colour, marker=marker, markersize=5, label=LABELS[method])
         axis.set(title=title, xlabel="iteration (-1: initial policy)", ylabel="share", ylim=(0, 1))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
@@ -97,3 +128,8 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     axis.legend(frameon=False)
     figure.suptitle("Word problems: means over seeds (thin lines: seeds)")
     figure.savefig(path, dpi=110)
+
+
+def _plot(axis: Any, points: Sequence[tuple[int, float | None]], **style: Any) -> None:
+    known = [(t, value) for t, value in points if value is not None]
+    axis.plot([t for t, _ in known], [value for _, value in known], **style)

@@ -13,7 +13,7 @@ from benchmarks import logprobs, measure, peers, tables
 from benchmarks.__main__ import main
 from benchmarks.reference import Evaluation, gradient_errors, output_errors, worst_row
 from benchmarks.workloads import Case, make_workload, mean_entropy, select_cases
-from tspin_kernels._blocks import Head
+from tspin_kernels._head import Head
 from tspin_kernels._inputs import LogitTransform
 
 CPU = torch.device("cpu")

@@ -12,8 +12,10 @@ import pytest
 from benchmarks.study import word_problems as study
 from benchmarks.study.problems import ANSWER, FAMILIES, TOKEN, calculate, distinct, problems, split_of, vocabulary
 from benchmarks.study.word_pupil import build_tokenizer
-from benchmarks.study.word_results import comparison_table, differences, tuning_table, write
+from benchmarks.study.word_results import changes, comparison_table, differences, tuning_table, write
 
+TINY = study.SIZES["tiny"]
+SEEDS = range(TINY.seeds)
 SPLITS = ("train", "val", "test", "templates")
 
 
@@ -103,7 +105,8 @@ def test_every_token_is_known_and_texts_come_back():
 
 def row_of(arm: study.Arm, greedy: float, pupil: str | None = None) -> dict:
     point = {split: {"greedy": greedy, "sampled": greedy / 2} for split in arm.splits}
-    points = [{"iteration": t, **point} | ({"fresh_share": 0.2} if t >= 0 else {}) for t in (-1, 0)]
+    fresh = {"fresh_share": 0.2, "fresh_identical": 0.5, "fresh_rows": 60}
+    points = [{"iteration": t, **point} | (fresh if t >= 0 else {}) for t in (-1, 0)]
     facts = {
         "phase": arm.phase,
         "method": arm.method,
@@ -118,26 +121,22 @@ def row_of(arm: study.Arm, greedy: float, pupil: str | None = None) -> dict:
 def tuned_rows() -> list[dict]:
     """Every method best at its second rate, T-SPIN at its third, next to which one more was then tried."""
     rows = []
-    for arm in [*study.plan([]), study.Arm("tune", "tspin", 3e-5, study.TUNING_SEED)]:
+    for arm in [*study.plan([], TINY), study.Arm("tune", "tspin", 3e-5, study.TUNING_SEED)]:
         best = study.RATES[arm.method][2 if arm.method == "tspin" else 1]
         rows.append(row_of(arm, 0.6 if arm.rate == best else 0.4))
     return rows
 
 
 def test_rates_are_tuned_first_and_the_ablation_takes_the_rate_of_what_it_ablates():
-    arms = study.plan([])
+    arms = study.plan([], TINY)
     assert {a.phase for a in arms} == {"tune"} and {a.seed for a in arms} == {study.TUNING_SEED} and len(arms) == 12
     rows = tuned_rows()
-    assert study.plan(rows[:-1]) == [  # methods whose rates are known can go on
+    assert study.plan(rows[:-1], TINY) == [  # methods whose rates are known can go on
         study.Arm("tune", "tspin", 3e-5, study.TUNING_SEED),
-        *(
-            study.Arm("test", m, r, s)
-            for s in study.SEEDS
-            for m, r in (("spin", 1e-6), ("sft", 1e-4), ("tspin_ref", 3e-5))
-        ),
+        *(study.Arm("test", m, r, s) for s in SEEDS for m, r in (("spin", 1e-6), ("sft", 1e-4), ("tspin_ref", 3e-5))),
     ]
-    arms = study.plan(rows)
-    assert [a.seed for a in arms] == [seed for seed in study.SEEDS for _ in study.METHODS]
+    arms = study.plan(rows, TINY)
+    assert [a.seed for a in arms] == [seed for seed in SEEDS for _ in study.METHODS]
     assert {a.method: a.rate for a in arms} == {
         "tspin": 1e-5,
         "spin": 1e-6,
@@ -145,7 +144,7 @@ def test_rates_are_tuned_first_and_the_ablation_takes_the_rate_of_what_it_ablate
         "tspin_no_history": 1e-5,
         "tspin_ref": 3e-5,
     }
-    assert study.plan([*rows, row_of(arms[0], 0.5)]) == arms[1:]
+    assert study.plan([*rows, row_of(arms[0], 0.5)], TINY) == arms[1:]
 
 
 def test_a_grid_grows_while_an_end_is_the_best_of_it():
@@ -165,10 +164,33 @@ def test_a_grid_grows_while_an_end_is_the_best_of_it():
 def test_differences_are_between_arms_of_one_pupil():
     tspin, spin = (study.Arm("test", method, 1e-5, 0) for method in ("tspin", "spin"))
     rows = [row_of(tspin, 0.7), row_of(spin, 0.5), row_of(replace(spin, seed=1), 0.4, "another")]
-    assert differences(rows, "spin", lambda p: p["test"]["greedy"]) == pytest.approx([-0.2])
+    rows[1]["iterations"][0]["test"] = {"greedy": 0.3, "sampled": 0.3}
+    assert differences(rows, "spin", lambda p: p["test"]["greedy"], 0) == pytest.approx([-0.2])
+    assert differences(rows, "spin", lambda p: p["test"]["greedy"], -1) == pytest.approx([-0.3])
+    assert differences(rows, "spin", lambda p: p.get("fresh_share"), -1) == []
     table = comparison_table(rows)
-    assert "| tspin | 1e-05 | 1 | 0.700 | 0.350 | 0.700 | 0.200 |  |" in table
-    assert "| spin | 1e-05 | 2 | 0.450 (0.071) |" in table and "| -0.200 |" in table
+    assert "| T-SPIN, unseen numbers, greedy | 1e-05 | 1 | 0.700 | 0.700 |  |  |" in table
+    spin = "| SPIN, unseen numbers, greedy | 1e-05 | 2 | 0.350 ± 0.071 | 0.450 ± 0.071 | -0.200 (1 seed) | pending |"
+    assert spin in table
+
+
+def test_intervals_are_students_over_seeds_and_changes_are_seed_by_seed():
+    tspin, spin = (
+        [row_of(study.Arm("test", method, 1e-5, seed), 0.5) for seed in SEEDS] for method in ("tspin", "spin")
+    )
+    for row, last in zip(spin, (0.4, 0.5, 0.9)):
+        row["iterations"][-1]["test"] = {"greedy": last, "sampled": last}
+    # By hand: mean 0.1, standard deviation 0.2646, Student's t of two degrees 4.303.
+    assert "+0.100 [-0.557, +0.757] |" in comparison_table(tspin + spin)
+    assert "- SPIN: +0.100 [-0.557, +0.757]" in changes(tspin + spin)
+    assert "- T-SPIN: +0.000 [+0.000, +0.000]" in changes(tspin)
+
+
+def test_a_share_of_few_fresh_pairs_is_left_out_with_its_mean():
+    rows = [row_of(study.Arm("test", "tspin", 1e-5, seed), 0.5) for seed in (0, 1)]
+    assert "| T-SPIN, fresh y<y' | 1e-05 | 2 | - | 0.200 ± 0.000 |  |" in comparison_table(rows)
+    rows[0]["iterations"][-1]["fresh_identical"] = 0.52  # 28.8 of 60
+    assert "| T-SPIN, fresh y<y' | 1e-05 | 2 | - | - |  |" in comparison_table(rows)
 
 
 def test_the_table_and_the_picture_of_rows(tmp_path):
@@ -176,11 +198,21 @@ def test_the_table_and_the_picture_of_rows(tmp_path):
     assert "1e-05: 0.600 *, 3e-05: 0.400" in tuning_table(rows) and "1e-06: 0.600 *, 3e-06" in tuning_table(rows)
     assert "- sft: 3e-05: -," in tuning_table([])
     write(rows, tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["table.md"]
+    assert not list(tmp_path.iterdir())
     write(
         rows + [row_of(study.Arm("test", method, 1e-5, s), 0.5) for method in study.METHODS for s in (0, 1)], tmp_path
     )
-    assert (tmp_path / "word_problems.png").stat().st_size > 20_000
+    assert (tmp_path / "word_problems_tiny.png").stat().st_size > 20_000
+
+
+def test_the_page_shows_what_the_rows_that_are_committed_come_to():
+    page = (study.HERE / "WORD_PROBLEMS.md").read_text(encoding="utf-8")
+    for size in study.SIZES:
+        rows = study.read_rows(study.HERE / "word_problems.jsonl", size)
+        if rows:
+            assert not study.plan(rows, study.SIZES[size]) or "not all arms" in page
+            assert tuning_table(rows) in page and comparison_table(rows) in page and changes(rows) in page
+            assert (study.HERE / f"word_problems_{size}.png").exists()
 
 
 class Process:
@@ -227,38 +259,36 @@ def processes(monkeypatch):
 
 def test_a_call_goes_on_after_the_rows_that_are_there(processes, tmp_path):
     path, options = tmp_path / "rows.jsonl", {"seconds": 60, "jobs": 2, "commit": None}
-    arms = study.plan([])
+    arms = study.plan([], TINY)
     path.write_text("".join(json.dumps(row_of(arm, 0.5)) + "\n" for arm in arms[:-1]))
-    assert study.run(tmp_path, path, study.SIZES["tiny"], **options) == 0
+    assert study.run(tmp_path, path, TINY, **options) == 0
     started = [name for name in processes.log if name != "killed"]
     assert started[:2] == [f"pupil {study.TUNING_SEED}", arms[-1].name]
-    assert [name for name in started if name.startswith("pupil")] == [
-        f"pupil {s}" for s in (study.TUNING_SEED, *study.SEEDS)
-    ]
-    assert len(study.read_rows(path, "tiny")) == len(arms) + 15 and not study.plan(study.read_rows(path, "tiny"))
+    assert [name for name in started if name.startswith("pupil")] == [f"pupil {s}" for s in (study.TUNING_SEED, *SEEDS)]
+    assert len(study.read_rows(path, "tiny")) == len(arms) + 15 and not study.plan(study.read_rows(path, "tiny"), TINY)
     assert study.read_rows(path) == []  # of the full size
 
 
 def test_a_failed_arm_is_counted_and_does_not_stop_the_others(processes, tmp_path):
     processes.fails = {"spin"}
-    assert study.run(tmp_path, tmp_path / "rows.jsonl", study.SIZES["tiny"], seconds=60, jobs=3, commit=None) == 3
+    assert study.run(tmp_path, tmp_path / "rows.jsonl", TINY, seconds=60, jobs=3, commit=None) == 3
     assert {row["method"] for row in study.read_rows(tmp_path / "rows.jsonl", "tiny")} >= {"tspin", "sft"}
 
 
 def test_what_would_not_end_in_time_is_not_begun_and_what_runs_then_is_stopped(processes, tmp_path):
-    path, arms = tmp_path / "rows.jsonl", study.plan([])
+    path, arms = tmp_path / "rows.jsonl", study.plan([], TINY)
     path.write_text(json.dumps(row_of(arms[0], 0.5) | {"seconds": 1000}) + "\n")
-    assert study.run(tmp_path, path, study.SIZES["tiny"], seconds=900, jobs=2, commit=None) == 0
+    assert study.run(tmp_path, path, TINY, seconds=900, jobs=2, commit=None) == 0
     assert processes.log == []
     processes.hangs = True
     path.write_text("")
-    assert study.run(tmp_path, path, study.SIZES["tiny"], seconds=0.3, jobs=2, commit=None) == 0
+    assert study.run(tmp_path, path, TINY, seconds=0.3, jobs=2, commit=None) == 0
     assert [name for name in processes.log if name != "killed"][1:] == [arm.name for arm in arms[:2]]
     assert processes.log[-2:] == ["killed", "killed"] and not study.read_rows(path, "tiny")
 
 
 def test_an_arm_runs_from_nothing_and_its_pupil_is_made_the_same_again(tmp_path):
-    size = replace(study.SIZES["tiny"], rows=8, held_out=4, iterations=1)
+    size = replace(TINY, rows=8, held_out=4, iterations=1)
     arm = study.Arm("test", "tspin", 1e-4, 0)
     hashes = []
     for folder in ("one", "two"):
@@ -280,7 +310,7 @@ def test_scores_are_counted_split_by_split(tmp_path):
     from tspin.generate import _SCHEMA
     from tspin.storage import write_json, write_shard
 
-    arm, size = study.Arm("test", "sft", 1e-4, 0), replace(study.SIZES["tiny"], held_out=3)
+    arm, size = study.Arm("test", "sft", 1e-4, 0), replace(TINY, held_out=3)
     study._write_rows(tmp_path / "held_out.jsonl", [("test", 3), ("templates", 3)], 0)
     answers = [json.loads(line)["completion"] for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
     for mode, right in (("greedy", {0, 4, 5}), ("sampled", {1, 2, 3})):

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 from tspin_kernels import linear_logprobs, linear_sequence_loss
-from tspin_kernels._blocks import rows_module
+from tspin_kernels._head import rows_module
 
 from .oracle import least_budget, make_case
 from .preferences import simpo

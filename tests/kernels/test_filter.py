@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from tspin_kernels import FilterReport, _filter, linear_sequence_loss, linear_tspin_loss
-from tspin_kernels._blocks import rows_module
+from tspin_kernels._head import rows_module
 
 from .test_memory import product_flops
 

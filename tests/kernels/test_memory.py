@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tspin_kernels import _blocks, _groups, _inputs, _rows_torch, _sequences, linear_logprobs, linear_sequence_loss
+from tspin_kernels import (
+    _blocks,
+    _groups,
+    _head,
+    _inputs,
+    _rows_torch,
+    _sequences,
+    linear_logprobs,
+    linear_sequence_loss,
+)
 from tspin_kernels._inputs import HostCopy
 from tspin_kernels._plan import Sizes, plan_blocks
 
@@ -323,13 +332,14 @@ def test_bytes_of_wide_logits(fused, op, logits_dtype):
 
 def test_products_start_and_end_where_a_gpu_loads_whole_vectors(monkeypatch):
     """Logits of an odd vocabulary are products of whole 16 bytes; slices on their way to a wider sum begin at multiples of 256."""
-    product, widths = _blocks.product, []
+    product, widths = _head.product, []
 
     def recorded(a, b, dtype, out=None):
         widths.append((a.shape[0], b.shape[1]))
         return product(a, b, dtype, out)
 
-    monkeypatch.setattr(_blocks, "product", recorded)
+    for module in (_head, _blocks):
+        monkeypatch.setattr(module, "product", recorded)
     hidden, weight = torch.randn(5, 8).bfloat16(), torch.randn(131, 8).bfloat16()
     linear_logprobs(hidden, weight, torch.arange(5))
     assert widths == [(5, 136)]

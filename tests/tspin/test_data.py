@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from tspin.collator import TripletCollator
 from tspin.config import SelfPlayConfig
 from tspin.data import (
     MEMBERS,
@@ -20,7 +21,6 @@ from tspin.data import (
     DataReport,
     Encoder,
     Example,
-    TripletCollator,
     build_triplets,
     exchange,
     fit,

@@ -12,7 +12,7 @@ from test_trainer import BARE, QUIET, build, parameters, triplets
 from transformers import TrainerCallback
 
 from tspin import diagnostics
-from tspin.data import TripletCollator
+from tspin.collator import TripletCollator
 from tspin.diagnostics import LENGTH_RATIO, SATURATED_SHARE, WATCHED_TRIPLETS, Watch
 from tspin.loop import SelfPlay
 from tspin.storage import model_hash

@@ -8,7 +8,8 @@ import torch
 from test_generate import examples, toy_model, toy_tokenizer
 
 from tspin import evaluate as evaluation
-from tspin.data import Example, TripletCollator
+from tspin.collator import TripletCollator
+from tspin.data import Example
 from tspin.evaluate import (
     annotated_logprobs,
     evaluate,

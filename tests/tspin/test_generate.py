@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from tspin import generate, scoring
-from tspin.data import Example, TripletCollator
+from tspin.collator import TripletCollator
+from tspin.data import Example
 from tspin.generate import generate_responses, next_tokens, read_generations, row_seed, row_uniforms, sample_responses
 from tspin.model import cache_keyword
 

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from tspin import attention, tiling
-from tspin.data import MEMBERS, TripletCollator
+from tspin.collator import TripletCollator
+from tspin.data import MEMBERS
 from tspin.memory import KEPT, SCORING_PHASE, Context, predict_memory
 from tspin.model import disable_dropout, head_of, install_scoring, score_batch
 from tspin.prefix import NAME, PrefixLayout, layout_inputs

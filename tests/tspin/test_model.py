@@ -10,7 +10,7 @@ import transformers as tf
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tspin.data import TripletCollator
+from tspin.collator import TripletCollator
 from tspin.loading import load_model, load_tokenizer
 from tspin.model import disable_dropout, head_of, install_scoring, probe_head, score_batch
 from tspin.scoring import score_references

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from test_trainer import METHODS, V, build, parameters, train, triplets
 from transformers import DogeConfig, DogeForCausalLM, modeling_utils
 
-from tspin.data import TripletCollator
+from tspin.collator import TripletCollator
 from tspin.loading import add_adapter
 from tspin.model import install_scoring, score_batch
 from tspin.prefix import NAME, share_prompts

@@ -11,7 +11,8 @@ from transformers import Trainer, TrainerState
 
 import tspin.trainer
 from tspin import tiling
-from tspin.data import MEMBERS, TripletCollator
+from tspin.collator import TripletCollator
+from tspin.data import MEMBERS
 from tspin.fitting import USABLE, MemoryCheck
 from tspin.loading import add_adapter
 from tspin.memory import Context

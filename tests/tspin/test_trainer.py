@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from tspin.data import TripletCollator
+from tspin.collator import TripletCollator
 from tspin.scoring import score_references
 from tspin.trainer import NonFiniteLossError, TSPINTrainer, method_loss_fn
 from tspin.training_args import TSPINConfig
