@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -59,44 +60,59 @@ def comparison_table(rows: Sequence[Row]) -> str:
     )
     lines = []
     for title, get in MEASURES:
-        for method in METHODS:
-            mine = [row for row in rows if is_of(row, "test", method)]
-            if not mine:
-                continue
+        for (method, rate), mine in _arms(rows).items():
             cells = [spread(_estimate(mine, t, get)) for t in steps]
-            rates = ", ".join(sorted({f"{row['rate']:g}" for row in mine}))
             less = [
-                "" if method == "tspin" else shown(Estimate.of(differences(rows, method, get, first)), sign=True)
+                "" if method == "tspin" else shown(Estimate.of(differences(rows, mine, get, first)), sign=True)
                 for first in (steps[-1], 1)
             ]
-            lines.append([f"{LABELS[method]}, {title[0].lower()}{title[1:]}", rates, str(len(mine)), *cells, *less])
+            name = f"{LABELS[method]}, {title[0].lower()}{title[1:]}"
+            lines.append([name, f"{rate:g}", str(len(mine)), *cells, *less])
     headers = ["", "rate", "seeds", *("pi_0" if t < 0 else str(t) for t in steps)]
     headers += ["last, less T-SPIN", "mean from 1 on, less T-SPIN"]
     return table(headers, lines)
 
 
 def changes(rows: Sequence[Row]) -> str:
-    """How each method's policies change from one iteration to the next, greedy on unseen numbers, with 95 % intervals."""
-    get, lines = MEASURES[0][1], []
-    for method in METHODS:
-        runs = [row["iterations"] for row in rows if is_of(row, "test", method)]
-        if runs:
-            steps = range(1, len(runs[0]))
-            found = [Estimate.of([get(run[i]) - get(run[i - 1]) for run in runs]) for i in steps]  # type: ignore[operator]
-            lines.append(f"- {LABELS[method]}: {', '.join(shown(estimate, sign=True) for estimate in found)}")
+    """How each method's policies change from one iteration to the next, greedy on unseen numbers, and its largest drop less
+    T-SPIN's, with 95 % intervals."""
+    lines = []
+    for (method, rate), mine in _arms(rows).items():
+        text = ", ".join(shown(Estimate.of(found), sign=True) for found in zip(*map(_changes, mine)))
+        drop = Estimate.of(_paired(rows, mine, lambda row: -min(_changes(row))))
+        less = "" if method == "tspin" else f"; largest drop less T-SPIN's {shown(drop, sign=True)}"
+        lines.append(f"- {LABELS[method]} at {rate:g}: {text}{less}")
     return "\n".join(["Changes from one policy to the next, greedy on unseen numbers:\n", *lines])
 
 
-def differences(rows: Sequence[Row], method: str, get: Value, first: int) -> list[float]:
-    """`method` less T-SPIN, means over the policies from iteration `first` on, of the pairs of arms that began with the same pupil,
+def _arms(rows: Sequence[Row]) -> dict[tuple[str, float], list[Row]]:
+    # The runs of the comparison by method and rate: of each method those at its tuned rate first.
+    keys = {(row["method"], row["rate"]) for row in rows if row["phase"] == "test"}
+    order = sorted(keys, key=lambda key: (METHODS.index(key[0]), key[1] != tuned(rows, key[0]), key[1]))
+    return {key: [row for row in rows if is_of(row, "test", key[0]) and row["rate"] == key[1]] for key in order}
+
+
+def _changes(row: Row) -> list[float]:
+    greedy = [point["test"]["greedy"] for point in row["iterations"]]
+    return [after - before for before, after in pairwise(greedy)]
+
+
+def differences(rows: Sequence[Row], mine: Sequence[Row], get: Value, first: int) -> list[float]:
+    """`mine` less T-SPIN, means over the policies from iteration `first` on, of the pairs of arms that began with the same pupil,
     bit for bit."""
 
     def of(row: Row) -> float | None:
         values = [get(point) for point in row["iterations"] if point["iteration"] >= first]
         return None if None in values or not values else mean(values)  # type: ignore[type-var]
 
-    theirs = {row["pupil"]: of(row) for row in rows if is_of(row, "test", "tspin")}
-    pairs = [(of(row), theirs.get(row["pupil"])) for row in rows if is_of(row, "test", method)]
+    return _paired(rows, mine, of)
+
+
+def _paired(rows: Sequence[Row], mine: Sequence[Row], of: Callable[[Row], float | None]) -> list[float]:
+    # At its tuned rate, which is the first.
+    base = next((arm for (method, _), arm in _arms(rows).items() if method == "tspin"), [])
+    theirs = {row["pupil"]: of(row) for row in base}
+    pairs = [(of(row), theirs.get(row["pupil"])) for row in mine]
     return [ours - other for ours, other in pairs if ours is not None and other is not None]
 
 
@@ -111,16 +127,16 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
 
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axis, (title, get) in zip(figure.subplots(2, 2).flat, MEASURES):
-        for method, (colour, marker) in STYLE.items():
-            mine = [row for row in rows if is_of(row, "test", method)]
+        for (method, rate), mine in _arms(rows).items():
+            if rate != (tuned(rows, method) or rate):
+                continue
+            colour, marker = STYLE[method]
             for row in mine:
-                _plot(
-                    axis, [(p["iteration"], get(p)) for p in row["iterations"]], color=colour, alpha=0.3, linewidth=0.8
-                )
-            if mine:
-                means = [(t, _estimate(mine, t, get)) for t in range(-1, mine[0]["iterations"][-1]["iteration"] + 1)]
-                points = [(t, None if estimate is None else estimate.mean) for t, estimate in means]
-                _plot(axis, points, color=colour, marker=marker, markersize=5, label=LABELS[method])
+                thin = {"color": colour, "alpha": 0.3, "linewidth": 0.8}
+                _plot(axis, [(p["iteration"], get(p)) for p in row["iterations"]], **thin)
+            means = [(p["iteration"], _estimate(mine, p["iteration"], get)) for p in mine[0]["iterations"]]
+            points = [(t, None if estimate is None else estimate.mean) for t, estimate in means]
+            _plot(axis, points, color=colour, marker=marker, markersize=5, label=LABELS[method])
         axis.set(title=title, xlabel="iteration (-1: initial policy)", ylabel="share", ylim=(0, 1))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)

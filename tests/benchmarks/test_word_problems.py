@@ -127,13 +127,17 @@ def tuned_rows() -> list[dict]:
     return rows
 
 
-def test_rates_are_tuned_first_and_the_ablation_takes_the_rate_of_what_it_ablates():
+def test_rates_of_every_method_are_tuned_first():
     arms = study.plan([], TINY)
-    assert {a.phase for a in arms} == {"tune"} and {a.seed for a in arms} == {study.TUNING_SEED} and len(arms) == 12
+    assert {a.phase for a in arms} == {"tune"} and {a.seed for a in arms} == {study.TUNING_SEED} and len(arms) == 15
     rows = tuned_rows()
     assert study.plan(rows[:-1], TINY) == [  # methods whose rates are known can go on
         study.Arm("tune", "tspin", 3e-5, study.TUNING_SEED),
-        *(study.Arm("test", m, r, s) for s in SEEDS for m, r in (("spin", 1e-6), ("sft", 1e-4), ("tspin_ref", 3e-5))),
+        *(
+            study.Arm("test", m, r, s)
+            for s in SEEDS
+            for m, r in (("spin", 1e-6), ("sft", 1e-4), ("tspin_no_history", 3e-5), ("tspin_ref", 3e-5))
+        ),
     ]
     arms = study.plan(rows, TINY)
     assert [a.seed for a in arms] == [seed for seed in SEEDS for _ in study.METHODS]
@@ -141,7 +145,7 @@ def test_rates_are_tuned_first_and_the_ablation_takes_the_rate_of_what_it_ablate
         "tspin": 1e-5,
         "spin": 1e-6,
         "sft": 1e-4,
-        "tspin_no_history": 1e-5,
+        "tspin_no_history": 3e-5,
         "tspin_ref": 3e-5,
     }
     assert study.plan([*rows, row_of(arms[0], 0.5)], TINY) == arms[1:]
@@ -165,9 +169,9 @@ def test_differences_are_between_arms_of_one_pupil():
     tspin, spin = (study.Arm("test", method, 1e-5, 0) for method in ("tspin", "spin"))
     rows = [row_of(tspin, 0.7), row_of(spin, 0.5), row_of(replace(spin, seed=1), 0.4, "another")]
     rows[1]["iterations"][0]["test"] = {"greedy": 0.3, "sampled": 0.3}
-    assert differences(rows, "spin", lambda p: p["test"]["greedy"], 0) == pytest.approx([-0.2])
-    assert differences(rows, "spin", lambda p: p["test"]["greedy"], -1) == pytest.approx([-0.3])
-    assert differences(rows, "spin", lambda p: p.get("fresh_share"), -1) == []
+    assert differences(rows, rows[1:], lambda p: p["test"]["greedy"], 0) == pytest.approx([-0.2])
+    assert differences(rows, rows[1:], lambda p: p["test"]["greedy"], -1) == pytest.approx([-0.3])
+    assert differences(rows, rows[1:], lambda p: p.get("fresh_share"), -1) == []
     table = comparison_table(rows)
     assert "| T-SPIN, unseen numbers, greedy | 1e-05 | 1 | 0.700 | 0.700 |  |  |" in table
     spin = "| SPIN, unseen numbers, greedy | 1e-05 | 2 | 0.350 ± 0.071 | 0.450 ± 0.071 | -0.200 (1 seed) | pending |"
@@ -182,8 +186,27 @@ def test_intervals_are_students_over_seeds_and_changes_are_seed_by_seed():
         row["iterations"][-1]["test"] = {"greedy": last, "sampled": last}
     # By hand: mean 0.1, standard deviation 0.2646, Student's t of two degrees 4.303.
     assert "+0.100 [-0.557, +0.757] |" in comparison_table(tspin + spin)
-    assert "- SPIN: +0.100 [-0.557, +0.757]" in changes(tspin + spin)
-    assert "- T-SPIN: +0.000 [+0.000, +0.000]" in changes(tspin)
+    assert "- SPIN at 1e-05: +0.100 [-0.557, +0.757]; largest drop less T-SPIN's -0.100 [-0.757, +0.557]" in changes(
+        tspin + spin
+    )
+    assert "- T-SPIN at 1e-05: +0.000 [+0.000, +0.000]" in changes(tspin)
+
+
+def test_runs_at_another_rate_are_another_arm():
+    rows = [
+        *tuned_rows(),
+        *(row_of(study.Arm("test", "tspin", rate, 0), greedy) for rate, greedy in ((1e-5, 0.7), (3e-5, 0.1))),
+    ]
+    rows += [row_of(study.Arm("test", "spin", rate, 0), greedy) for rate, greedy in ((3e-7, 0.2), (1e-6, 0.6))]
+    lines = [line for line in comparison_table(rows).splitlines() if "SPIN, unseen numbers, greedy" in line]
+    assert [line.split(" | ")[1:5] for line in lines] == [
+        ["1e-05", "1", "0.700", "0.700"],
+        ["3e-05", "1", "0.100", "0.100"],
+        ["1e-06", "1", "0.600", "0.600"],
+        ["3e-07", "1", "0.200", "0.200"],
+    ]
+    assert changes(rows).count("SPIN at") == 4
+    assert differences(rows, rows[-1:], lambda p: p["test"]["greedy"], 0) == pytest.approx([-0.1])
 
 
 def test_a_share_of_few_fresh_pairs_is_left_out_with_its_mean():
