@@ -40,7 +40,7 @@ fine-tuned by the loop of `tspin run` on {plan.TRAIN_ROWS} clean solutions, {pla
 Problems, pupil and samples are made anew for each seed. Rates are tuned for each method by greedy exact match of the last policy
 on {plan.EVAL_ROWS} validation problems, {len(plan.TUNING_SEEDS)} seeds, on a half-decade grid that grows until the best rate
 has both neighbours. All else is measured on {plan.EVAL_ROWS} test problems with {len(SEEDS)} other
-seeds. No two splits share a problem.
+seeds. No two splits share a problem. A second toy, of words and numbers: [word problems](WORD_PROBLEMS.md).
 
 Brackets are 95 % intervals (Student's t over seeds). Differences are taken seed by seed between runs from one pupil, bit for bit:
 two machines train a seed's pupil to other digits, so what a later arm is compared with was run again from that arm's pupil.
