@@ -117,12 +117,14 @@ def _paragraph(claim: str, verdict: Verdict) -> str:
 
 
 def spread(estimate: Estimate | None) -> str:
+    """Mean and standard deviation over seeds."""
     if estimate is None:
         return "-"
     return f"{estimate.mean:.3f}" + ("" if estimate.sd is None else f" ± {estimate.sd:.3f}")
 
 
 def table(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """In markdown."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (headers, ["---"] * len(headers), *lines))
 
 

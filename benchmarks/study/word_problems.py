@@ -1,4 +1,5 @@
-"""The comparison of methods on word problems, with a 26M-parameter model from scratch, for a GPU that is lent for minutes.
+"""The comparison of methods on word problems, with a model from scratch: of 26M parameters, for a GPU that is lent for minutes, or
+of 0.8M for two CPU cores (`--size small`).
 
     python -m benchmarks.study.word_problems run --directory SCRATCH --out FOLDER --seconds 560 --jobs 5
     python -m benchmarks.study.word_problems table FOLDER/rows.jsonl

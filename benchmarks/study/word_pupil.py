@@ -38,7 +38,7 @@ class Size:
 
 SIZES = {
     "full": Size("full", 512, 8, 8, 3000, 256, 1e-3, 2048, 512, 5, 512, 3),
-    # What two CPU cores finish in three hours.
+    # What two CPU cores finish in an afternoon.
     "small": Size("small", 128, 4, 4, 1500, 64, 3e-3, 1024, 256, 5, 256, 5),
     # Shows that everything runs; its rows mean nothing.
     "tiny": Size("tiny", 32, 2, 2, 12, 16, 3e-3, 24, 8, 2, 16, 3),

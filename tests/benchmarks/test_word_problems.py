@@ -149,6 +149,7 @@ def test_rates_of_every_method_are_tuned_first():
         "tspin_ref": 3e-5,
     }
     assert study.plan([*rows, row_of(arms[0], 0.5)], TINY) == arms[1:]
+    assert {a.seed for a in study.plan(rows, replace(TINY, seeds=5))} == {0, 1, 2, 3, 4}
 
 
 def test_a_grid_grows_while_an_end_is_the_best_of_it():
@@ -226,6 +227,16 @@ def test_the_table_and_the_picture_of_rows(tmp_path):
         rows + [row_of(study.Arm("test", method, 1e-5, s), 0.5) for method in study.METHODS for s in (0, 1)], tmp_path
     )
     assert (tmp_path / "word_problems_tiny.png").stat().st_size > 20_000
+
+
+def test_a_file_of_rows_of_several_sizes_is_shown_one_size_at_a_time(tmp_path, capsys):
+    row = row_of(study.Arm("test", "tspin", 1e-5, 0), 0.5)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row | {"size": size}) + "\n" for size in ("tiny", "small", "small")))
+    for size, is_held in (("tiny", True), ("small", True), ("full", False)):
+        assert study.main(["table", str(path), "--size", size]) == 0
+        assert ("T-SPIN, unseen numbers, greedy | 1e-05 | 1" in capsys.readouterr().out) == is_held
+        assert (tmp_path / f"word_problems_{size}.png").exists() == is_held
 
 
 def test_the_page_shows_what_the_rows_that_are_committed_come_to():
@@ -322,6 +333,7 @@ def test_an_arm_runs_from_nothing_and_its_pupil_is_made_the_same_again(tmp_path)
     assert (row["arm"], row["pupil"], row["commit"]) == (arm.name, hashes[0], "abc")
     assert [point["iteration"] for point in row["iterations"]] == [-1, 0]
     assert all(set(point["test"]) == set(point["templates"]) == {"greedy", "sampled"} for point in row["iterations"])
+    assert row["iterations"][1]["fresh_rows"] == 8 and 0 <= row["iterations"][1]["fresh_identical"] <= 1
     training = row["iterations"][1]["training"]
     assert training["logps/chosen"] < 0 and "saturated" in training and 0 <= row["iterations"][1]["fresh_share"] <= 1
     json.dumps(row)

@@ -253,6 +253,7 @@ def test_a_run_with_benchmarks_alone_is_evaluated(tmp_path):
     page = page_of(run)
     assert "Nothing is evaluated yet." not in page.texts and (run / "report" / "scores.png").exists()
     assert any(text.startswith("Average over benchmarks: 0.456 (initial)") for text in page.texts)
+    assert any("of benchmarks the harness's own." in text for text in page.texts)
     assert page.row("initial")[:2] == ["initial", "0.456"] and ["initial", "0.001"] in page.rows
 
 
