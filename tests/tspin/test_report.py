@@ -686,7 +686,8 @@ def test_the_error_of_the_fresh_share_counts_the_pairs_that_it_counts(tmp_path):
 def test_the_bar_of_one_seed_of_a_benchmark_is_the_error_that_the_harness_gives(tmp_path):
     result = {"benchmarks": [{"name": n, "score": 0.5, "stderr": e} for n, e in (("a", 0.03), ("b", 0.04))]}
     scores = task_scores(result | {"average": 0.5})
-    unknown = task_scores({"benchmarks": [{"name": "c", "score": 0.5, "stderr": None}], "average": 0.5})
+    unknown = {"name": "c", "score": 0.5, "stderr": None}
+    unknown = task_scores({"benchmarks": [*result["benchmarks"], unknown], "average": 0.5})
     groups = [
         group_runs([Run(tmp_path, {"method": "tspin"}, [{"iteration": 0, "log": [], **found}])])[0]
         for found in (scores, unknown)
